@@ -1,0 +1,125 @@
+"""Files that survive: atomic writing, and checkpoints that load safely or say why not."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor, nn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message says why and what to do."""
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of `path` only when the block ends well.
+
+    The bytes go to a temporary file in the same folder, are flushed to the disk, and the file is renamed, so a
+    reader (or a process killed at any moment) finds the old file or the new one, whole.
+
+    Args:
+        path: the file to write; its folder must exist.
+
+    Raises:
+        OSError: the file cannot be written; what `path` held before is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # torch reports a full disk as RuntimeError
+        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "writ" in str(error)):
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise OSError(f"cannot write {path}: {reason}; free space or choose another folder, the previous file is untouched") from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable where the system lets a folder be opened (not on Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Write a checkpoint atomically.
+
+    Args:
+        path: the file to write; its folder must exist.
+        state: `epoch`, `state_dict`, `acc`, `best_acc` and more; tensors and plain types only.
+
+    Raises:
+        OSError: the file cannot be written (disk full, no permission); the previous file is untouched.
+    """
+    with atomic_write(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict:
+    """Read a checkpoint without running any code that the file may hold.
+
+    Args:
+        path: a file written by `save_checkpoint` or by the authors' release.
+        map_location: device of the tensors.
+
+    Returns:
+        The dict, with at least `state_dict`, whose keys have lost a `module.` prefix (DataParallel).
+
+    Raises:
+        CheckpointError: the file is missing, truncated, would run code, or holds no `state_dict`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: give the file, such as {path / 'checkpoint.pth.tar'}")
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: check the path")
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise CheckpointError(f"{path} is refused: it holds Python objects that could run code; use a file of tensors and plain types") from error
+        raise CheckpointError(f"{path} is damaged or no checkpoint: use another copy") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{path} is truncated, damaged or no checkpoint: use another copy") from error
+    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), Mapping):
+        raise CheckpointError(f"{path} holds no 'state_dict': it is no checkpoint of cifar.py")
+    state["state_dict"] = {key.removeprefix("module."): value for key, value in state["state_dict"].items()}
+    return state
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, path: str | Path) -> None:
+    """Copy a state_dict into a network, or say how the two differ.
+
+    Args:
+        model: the network, changed in place.
+        state_dict: its values by name.
+        path: where they came from, for the message.
+
+    Raises:
+        CheckpointError: names or shapes differ; the message shows the first three.
+    """
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in state_dict.items()}
+    names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+    if names:
+        shown = [f"{n} {found.get(n, 'absent')} instead of {wanted.get(n, 'absent')}" for n in names[:3]]
+        raise CheckpointError(
+            f"{path} is of another network ({len(names)} entries differ): {'; '.join(shown)}: "
+            f"check --arch, --depth and --dataset"
+        )
+    model.load_state_dict(state_dict)

@@ -1,0 +1,158 @@
+"""Command-line options shared by the scripts, and the rules between them. No torch here."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+# The coefficients that each penalty has, with their defaults. Those of HALO are the release's; MCP with them would
+# do nothing (it is flat beyond |w| = psi * xi), so it starts from a threshold of 0.1.
+PENALTIES: dict[str, dict[str, float]] = {
+    "none": {},
+    "halo": {"xi": 1e-8, "psi": 1e-8, "lambda_init": 1.0},
+    "l1": {"xi": 1e-8, "lambda_init": 1.0},
+    "ws": {"xi": 1e-8, "psi": 1e-8, "lambda_init": 1.0},
+    "mcp": {"xi": 1e-4, "psi": 1e3},
+}
+LEARNED = ("halo", "ws")  # penalties with a trained lam, hence an optimizer of its own
+
+
+class OptionError(ValueError):
+    """A wrong option or a wrong combination of options: exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and which takes no abbreviations."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=(description or "").split("\n")[0],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def real(low: float = -math.inf, *, above: bool = False, nonzero: bool = False) -> Callable[[str], float]:
+    """Return an argparse type: a finite number >= low (> low with `above`; not 0 with `nonzero`)."""
+    bounds = f"{'>' if above else '>='} {low:g}" if low > -math.inf else "finite"
+    rule = bounds + (" and not 0" if nonzero else "")
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number; give one that is {rule}") from None
+        if not math.isfinite(value) or value < low or (above and value == low) or (nonzero and value == 0):
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give a number that is {rule}")
+        return value
+
+    return parse
+
+
+def whole(low: int) -> Callable[[str], int]:
+    """Return an argparse type: a whole number >= low."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give one >= {low}") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give a whole number >= {low}")
+        return value
+
+    return parse
+
+
+def add_data(parser: argparse.ArgumentParser, datasets: Iterable[str], *, default: str) -> None:
+    """Add the options that choose the images."""
+    group = parser.add_argument_group("data")
+    group.add_argument("-d", "--dataset", choices=list(datasets), default=default, help="which images")
+    group.add_argument("--data", default="data", metavar="DIR", help="folder that holds the images")
+    group.add_argument("--test_batch", type=whole(1), default=500, metavar="N", help="batch size of evaluation")
+
+
+def add_model(parser: argparse.ArgumentParser, archs: Iterable[str], *, default: str) -> None:
+    """Add the options that choose the network."""
+    group = parser.add_argument_group("network")
+    group.add_argument("-a", "--arch", choices=list(archs), default=default, help="architecture")
+    group.add_argument("--depth", type=whole(1), help="depth of the network; None: what the arch implies")
+
+
+def add_penalty(parser: argparse.ArgumentParser) -> None:
+    """Add the penalties and their coefficients."""
+    group = parser.add_argument_group("penalty (one at most)")
+    flags = group.add_mutually_exclusive_group()
+    parser.set_defaults(penalty="none")
+    for name, text in (("halo", "one learned coefficient per weight"), ("l1", "lasso"), ("ws", "SWS: lasso with one learned strength"), ("mcp", "minimax concave penalty")):
+        flags.add_argument(f"--{name}", dest="penalty", action="store_const", const=name, default=argparse.SUPPRESS, help=text)
+    group.add_argument("--xi", type=real(0), help="strength of the penalty on |w|; None: 1e-8, for MCP 1e-4")
+    group.add_argument("--psi", type=real(0), help="pull on lam (HALO, SWS; None: 1e-8), concavity (MCP; None: 1000)")
+    group.add_argument("--lambda_init", type=real(nonzero=True), help="starting value of lam; None: 1")
+    group.add_argument("--reg_lr", type=real(0), help="learning rate of lam; None: that of the weights")
+    group.add_argument("--reg_wd", type=real(0), help="weight decay of lam; None: that of the weights")
+    group.add_argument("--released_lr", action="store_true", help="decay both learning rates as the release does: twice a milestone, through one variable")
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Add the options of stochastic gradient descent."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=whole(1), default=160, metavar="N", help="passes over the training images")
+    group.add_argument("--train_batch", type=whole(1), default=64, metavar="N", help="batch size")
+    group.add_argument("--lr", type=real(0), default=0.1, help="learning rate")
+    group.add_argument("--momentum", type=real(0), default=0.9, help="momentum, of the weights and of lam")
+    group.add_argument("--wd", type=real(0), default=1e-4, help="weight decay")
+    group.add_argument("--schedule", type=whole(1), nargs="*", default=[80, 120], metavar="EPOCH", help="decay the learning rates after these epochs")
+    group.add_argument("--gamma", type=real(0), default=0.1, help="factor of each decay")
+    group.add_argument("--val_split", type=whole(0), default=0, metavar="N", help="hold N training images out, choose the best epoch on them, read the test set once at the end")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a run: where it writes, where it computes, what it starts from."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--save_dir", metavar="DIR", help="where the outputs go; None: runs/<dataset>_<arch>_<penalty>_seed<k>")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that --save_dir holds")
+    group.add_argument("--resume", metavar="FILE", help="continue from this checkpoint")
+    group.add_argument("-e", "--evaluate", action="store_true", help="evaluate the --resume checkpoint on the test images and stop")
+    group.add_argument("--seed", type=whole(0), default=1, help="seed of every random generator")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+
+
+def resolve(args: argparse.Namespace) -> None:
+    """Check the rules between options and replace the Nones by what they stand for, in place.
+
+    Raises:
+        OptionError: an option does not go with the others.
+    """
+    coefficients = PENALTIES[args.penalty]
+    learned = args.penalty in LEARNED
+    for name in ("xi", "psi", "lambda_init"):
+        if getattr(args, name) is None:
+            setattr(args, name, coefficients.get(name))
+        elif name not in coefficients:
+            _useless(f"--{name}", args.penalty)
+    for name, inherited in (("reg_lr", args.lr), ("reg_wd", args.wd)):
+        if getattr(args, name) is None:
+            setattr(args, name, inherited if learned else None)
+        elif not learned:
+            _useless(f"--{name}", args.penalty)
+    if args.released_lr and not learned:
+        _useless("--released_lr", args.penalty)
+    if args.penalty == "mcp" and args.psi == 0:
+        raise OptionError("--psi 0 makes MCP divide by zero: give a positive number")
+    if args.evaluate and not args.resume:
+        raise OptionError("--evaluate needs the checkpoint to evaluate: add --resume FILE")
+    if args.save_dir is None:
+        args.save_dir = f"runs/{args.dataset}_{args.arch}_{args.penalty}_seed{args.seed}"
+
+
+def _useless(option: str, penalty: str) -> NoReturn:
+    takers = [f"--{name}" for name, known in PENALTIES.items() if option[2:] in known] or [f"--{n}" for n in LEARNED]
+    without = "without a penalty" if penalty == "none" else f"with --{penalty}"
+    raise OptionError(f"{option} does nothing {without}: leave it out, or choose one of {', '.join(takers)}")

@@ -1,0 +1,323 @@
+"""The penalties: HALO and the ones it is compared with.
+
+Each is written twice and no more: `forward()` is the equation, differentiable, and the oracle of the tests;
+`add_grad_()` adds the same gradient in closed form, without autograd, and is what training calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+# Elements of one piece of a tensor: small enough that the piece and its intermediate results stay in cache,
+# large enough that the cost of starting an operation vanishes. Measured on VGG-16 (14.7 M weights), 2 cores:
+# 2^14 51 ms, 2^16 38 ms, 2^18 28 ms, uncut 37 ms.
+CHUNK = 1 << 18
+
+
+def _check(name: str, value: float, *, positive: bool = False) -> None:
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}, got {value}")
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one shape into aligned pieces of at most CHUNK elements.
+
+    An elementwise operation does not care about the order of the elements, so tensors of one dense layout are
+    walked in the order of their memory; others are taken whole.
+    """
+    first = tensors[0]
+    size = first.numel()
+    if size <= CHUNK or not _is_dense(first) or any(t.stride() != first.stride() for t in tensors):
+        yield tensors
+        return
+    flat = [t.as_strided((size,), (1,)) for t in tensors]
+    yield from zip(*(t.split(CHUNK) for t in flat), strict=True)
+
+
+class Penalty(nn.Module):
+    """A penalty on named tensors; this base class is the penalty zero (training without one).
+
+    Args:
+        params: name to tensor of any shape, the penalised parameters w. They are read and their `.grad` is added
+            to, but they do not become parameters of the penalty: `penalty.parameters()` are the learned lam only.
+
+    Raises:
+        ValueError: there is no tensor, or one is not floating point.
+
+    Note:
+        Computed in fp32 whatever the type of w (fp64 for fp64): xi = 1e-8 underflows in fp16, 1/lam^2 overflows.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        if not params:
+            raise ValueError("no parameters to penalise: the mapping is empty")
+        for name, w in params.items():
+            if not w.is_floating_point():
+                raise ValueError(f"cannot penalise {name!r}: its type is {w.dtype}, not a floating point type")
+        self.penalized = dict(params)
+        first = next(iter(params.values()))
+        self._dtype, self._device = torch.promote_types(first.dtype, torch.float32), first.device
+
+    @property
+    def lambdas(self) -> dict[str, Tensor]:
+        """The learned coefficients by the name of their weight; empty if nothing is learned."""
+        return {}
+
+    def strength(self, lam: Tensor | None = None) -> Tensor:
+        """Return the slope of the penalty in |w|, at w = 0, for this value of lam (ignored where nothing is learned)."""
+        return torch.zeros(())
+
+    def forward(self) -> Tensor:
+        """Return the penalty as a differentiable scalar."""
+        return torch.zeros((), dtype=self._dtype, device=self._device)
+
+    @torch.no_grad()
+    def add_grad_(self) -> None:
+        """Add the gradient of `forward()` to `.grad` of the weights and of lam, in closed form.
+
+        A `.grad` that is None counts as zero. Tensors that do not require a gradient are left alone.
+        """
+        for name, w in self.penalized.items():
+            if w.requires_grad:
+                self._add_weight_grad_(name, w, _grad(w))
+
+    def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
+        """Add d/dw for one tensor (and d/dlam where lam has its shape)."""
+
+    def _elements(self, w: Tensor) -> Tensor:
+        return w.to(self._dtype)
+
+
+def _grad(tensor: Tensor) -> Tensor:
+    if tensor.grad is None:
+        tensor.grad = torch.zeros_like(tensor)
+    return tensor.grad
+
+
+class HALO(Penalty):
+    """Hierarchical Adaptive Lasso: xi * sum_j |w_j| / lam_j^2 + psi * sum_j |lam_j| (arXiv 2008.10183).
+
+    Closed form: d/dw_j = xi * sign(w_j) / lam_j^2, d/dlam_j = -2 * xi * |w_j| / lam_j^3 + psi * sign(lam_j).
+
+    Args:
+        params: name to tensor, the penalised parameters w.
+        xi: strength of the lasso, >= 0.
+        psi: strength of the pull of lam towards zero, >= 0.
+        lambda_init: starting value of every lam, not 0.
+
+    Raises:
+        ValueError: a coefficient is out of range.
+
+    Note:
+        lam takes the shape and the memory layout of its weight, in fp32. Train it with an optimizer of its own.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], *, xi: float, psi: float, lambda_init: float = 1.0) -> None:
+        super().__init__(params)
+        _check("xi", xi)
+        _check("psi", psi)
+        _check("|lambda_init|", abs(lambda_init), positive=True)
+        self.xi, self.psi = xi, psi
+        # ParameterDict refuses dots in its keys; `lambdas` gives the names back.
+        self.lam = nn.ParameterDict(
+            {
+                name.replace(".", "/"): nn.Parameter(torch.full_like(w, lambda_init, dtype=self._dtype))
+                for name, w in params.items()
+            }
+        )
+
+    @property
+    def lambdas(self) -> dict[str, Tensor]:
+        """One lam per weight tensor, of its shape."""
+        return {name: self.lam[name.replace(".", "/")] for name in self.penalized}
+
+    def strength(self, lam: Tensor) -> Tensor:
+        """Return xi / lam^2."""
+        return self.xi / lam.square()
+
+    def forward(self) -> Tensor:
+        """Return xi * sum |w| / lam^2 + psi * sum |lam|."""
+        total = super().forward()
+        for name, lam in self.lambdas.items():
+            w = self._elements(self.penalized[name])
+            total = total + self.xi * (w.abs() / lam.square()).sum() + self.psi * lam.abs().sum()
+        return total
+
+    @torch.no_grad()
+    def add_grad_(self) -> None:
+        """Add both gradients in one pass over pieces that stay in cache; see `Penalty.add_grad_`."""
+        for name, lam in self.lambdas.items():
+            w = self.penalized[name]
+            w_grad = [_grad(w)] if w.requires_grad else []
+            lam_grad = [_grad(lam)] if lam.requires_grad else []
+            for w_piece, lam_piece, *grads in _pieces(w, lam, *w_grad, *lam_grad):
+                w_piece = self._elements(w_piece)
+                strength = lam_piece.square().reciprocal_().mul_(self.xi)
+                if w_grad:
+                    grads[0].add_(w_piece.sign().mul_(strength))
+                if lam_grad:
+                    slope = w_piece.abs().mul_(strength).div_(lam_piece)
+                    grads[-1].add_(slope, alpha=-2).add_(lam_piece.sign(), alpha=self.psi)
+
+
+class L1(Penalty):
+    """Lasso of one fixed strength: xi * sum_j |w_j| / lambda_init^2.
+
+    Args:
+        params: name to tensor, the penalised parameters w.
+        xi: strength of the lasso, >= 0.
+        lambda_init: the fixed value that lam has in HALO and SWS, not 0; 1 leaves xi as it is.
+
+    Raises:
+        ValueError: a coefficient is out of range.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], *, xi: float, lambda_init: float = 1.0) -> None:
+        super().__init__(params)
+        _check("xi", xi)
+        _check("|lambda_init|", abs(lambda_init), positive=True)
+        self.scale = xi / lambda_init**2
+
+    def strength(self, lam: Tensor | None = None) -> Tensor:
+        """Return xi / lambda_init^2."""
+        return torch.tensor(self.scale)
+
+    def forward(self) -> Tensor:
+        """Return xi * sum |w| / lambda_init^2."""
+        return super().forward() + self.scale * sum(self._elements(w).abs().sum() for w in self.penalized.values())
+
+    def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
+        for w_piece, grad_piece in _pieces(w, grad):
+            grad_piece.add_(self._elements(w_piece).sign(), alpha=self.scale)
+
+
+class SWS(Penalty):
+    """Lasso with one learned strength for all weights: xi * sum_j |w_j| / lam^2 + psi * lam^2 (SWS of the release).
+
+    Closed form: d/dw_j = xi * sign(w_j) / lam^2, d/dlam = -2 * xi * sum_j |w_j| / lam^3 + 2 * psi * lam.
+
+    Args:
+        params: name to tensor, the penalised parameters w.
+        xi: strength of the lasso, >= 0.
+        psi: strength of the pull of lam towards zero, >= 0.
+        lambda_init: starting value of lam, not 0.
+
+    Raises:
+        ValueError: a coefficient is out of range.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], *, xi: float, psi: float, lambda_init: float = 1.0) -> None:
+        super().__init__(params)
+        _check("xi", xi)
+        _check("psi", psi)
+        _check("|lambda_init|", abs(lambda_init), positive=True)
+        self.xi, self.psi = xi, psi
+        self.lam = nn.Parameter(torch.tensor(lambda_init, dtype=self._dtype, device=self._device))
+
+    @property
+    def lambdas(self) -> dict[str, Tensor]:
+        """The one lam, under the name "all"."""
+        return {"all": self.lam}
+
+    def strength(self, lam: Tensor) -> Tensor:
+        """Return xi / lam^2."""
+        return self.xi / lam.square()
+
+    def forward(self) -> Tensor:
+        """Return xi * sum |w| / lam^2 + psi * lam^2."""
+        norm = sum(self._elements(w).abs().sum() for w in self.penalized.values())
+        return self.xi * norm / self.lam.square() + self.psi * self.lam.square()
+
+    @torch.no_grad()
+    def add_grad_(self) -> None:
+        """Add both gradients; see `Penalty.add_grad_`."""
+        self._scale = self.strength(self.lam)
+        super().add_grad_()
+        if self.lam.requires_grad:
+            norm = sum(torch.linalg.vector_norm(w, 1, dtype=self._dtype) for w in self.penalized.values())
+            _grad(self.lam).add_(-2 * self._scale * norm / self.lam + 2 * self.psi * self.lam)
+
+    def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
+        for w_piece, grad_piece in _pieces(w, grad):
+            grad_piece.add_(self._elements(w_piece).sign().mul_(self._scale))
+
+
+class MCP(Penalty):
+    """Minimax concave penalty, which stops growing at |w| = psi * xi (Zhang, Annals of Statistics 38:894, 2010).
+
+    sum_j of: xi * |w_j| - w_j^2 / (2 * psi) if |w_j| <= psi * xi, else psi * xi^2 / 2.
+    Closed form: d/dw_j = sign(w_j) * max(xi - |w_j| / psi, 0).
+
+    Args:
+        params: name to tensor, the penalised parameters w.
+        xi: slope at zero, >= 0.
+        psi: concavity, > 0: large is close to the lasso, small leaves all but the smallest weights alone.
+
+    Raises:
+        ValueError: a coefficient is out of range.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], *, xi: float, psi: float) -> None:
+        super().__init__(params)
+        _check("xi", xi)
+        _check("psi", psi, positive=True)
+        self.xi, self.psi = xi, psi
+
+    def strength(self, lam: Tensor | None = None) -> Tensor:
+        """Return xi, the slope at w = 0."""
+        return torch.tensor(self.xi)
+
+    def forward(self) -> Tensor:
+        """Return the sum of the piecewise penalty."""
+        total = super().forward()
+        for tensor in self.penalized.values():
+            a = self._elements(tensor).abs()
+            inside = self.xi * a - a.square() / (2 * self.psi)
+            total = total + torch.where(a <= self.psi * self.xi, inside, self.psi * self.xi**2 / 2).sum()
+        return total
+
+    def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
+        for w_piece, grad_piece in _pieces(w, grad):
+            w_piece = self._elements(w_piece)
+            slope = w_piece.abs().div_(-self.psi).add_(self.xi).clamp_(min=0)
+            grad_piece.add_(slope.mul_(w_piece.sign()))
+
+
+def make_penalty(
+    name: str,
+    params: Mapping[str, Tensor],
+    *,
+    xi: float | None = None,
+    psi: float | None = None,
+    lambda_init: float | None = None,
+) -> Penalty:
+    """Build a penalty by the name of its flag.
+
+    Args:
+        name: none, halo, l1, ws or mcp.
+        params: name to tensor, the penalised parameters.
+        xi, psi, lambda_init: the coefficients, each only where the penalty has it; None otherwise.
+
+    Returns:
+        The penalty; for "none" one that is zero and adds nothing.
+
+    Raises:
+        ValueError: the name is unknown, or a coefficient is missing, superfluous or out of range.
+    """
+    classes = {"none": Penalty, "halo": HALO, "l1": L1, "ws": SWS, "mcp": MCP}
+    if name not in classes:
+        raise ValueError(f"unknown penalty {name!r}: choose from {', '.join(classes)}")
+    given = {"xi": xi, "psi": psi, "lambda_init": lambda_init}
+    try:
+        return classes[name](params, **{key: value for key, value in given.items() if value is not None})
+    except TypeError as error:
+        raise ValueError(f"penalty {name!r}: {error}") from None

@@ -1,0 +1,137 @@
+"""The surroundings of a run: seeds, device, the folder it writes to, its config, and how errors end it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from utils.checkpoint import CheckpointError, atomic_write
+from utils.options import OptionError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RUN_FILES = (
+    *("config.json", "log.csv", "summary.json", "curves.png", "regularization.png"),
+    *("init.pth.tar", "checkpoint.pth.tar", "model_best.pth.tar", "final.pth.tar"),
+    *(f"{name}.npy" for name in ("train_accs", "train_losses", "test_accs", "test_losses", "conv_params", "reg_params")),
+)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with the line that says how to go on."""
+
+
+def run_script(main: Callable[[argparse.Namespace], dict], parser: argparse.ArgumentParser) -> NoReturn:
+    """Run a script's main on the command line and end the process: what a user can cause is one line, no traceback.
+
+    Exit status: 0; 2 for wrong options; 130 for Ctrl-C; 1 for anything else that is wrong with the input.
+    """
+    args = parser.parse_args()
+    try:
+        main(args)
+    except KeyboardInterrupt as error:
+        parser.exit(130, f"\n{parser.prog}: {error or 'interrupted'}\n")
+    except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        parser.exit(2 if isinstance(error, OptionError) else 1, f"{parser.prog}: error: {text}\n")
+    sys.exit(0)
+
+
+def set_seed(seed: int) -> torch.Generator:
+    """Seed torch and make its algorithms repeatable.
+
+    Returns:
+        The generator of the data order and augmentation, which is separate from that of the initial weights.
+    """
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    return torch.Generator().manual_seed(seed)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device: "auto" takes cuda, else mps, else cpu.
+
+    Raises:
+        OptionError: the device is not available here.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise OptionError(f"--device {name} is not available here: use --device auto or cpu")
+    return torch.device(name)
+
+
+def prepare_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None:
+    """Make the folder of a run, and refuse one that holds another run.
+
+    Raises:
+        ValueError: it holds a checkpoint that is not the one to resume, and `overwrite` is off.
+        OSError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / ".writable"):
+            pass
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to --save_dir {folder} ({error.strerror or error}): choose another folder") from error
+    own = resume is not None and Path(resume).resolve().parent == folder.resolve()
+    if (folder / "checkpoint.pth.tar").exists() and not own and not overwrite:
+        raise ValueError(f"{folder} holds another run: continue it with --resume {folder / 'checkpoint.pth.tar'}, replace it with --overwrite, or choose another --save_dir")
+
+
+def clear_run(folder: Path) -> None:
+    """Remove the files of a run from its folder, and nothing else."""
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def describe(args: argparse.Namespace, device: torch.device) -> dict:
+    """Return what config.json holds: arguments, command line, commit, versions and hardware."""
+    status = _git("status", "--porcelain")
+    return {
+        "arguments": vars(args),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "device": str(device),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write a JSON file atomically; NaN and infinity, which JSON lacks, become null.
+
+    Raises:
+        OSError: the file cannot be written; what it held before is untouched.
+    """
+    def clean(value: object) -> object:
+        if isinstance(value, dict):
+            return {str(key): clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with atomic_write(path) as file:
+        file.write(json.dumps(clean(content), indent=2).encode() + b"\n")

@@ -1,0 +1,73 @@
+"""What the weights and their lam look like after an epoch: the numbers of log.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from utils.penalties import Penalty
+
+THRESHOLDS = ("1e-5", "1e-4", "1e-3", "1e-2")
+QUANTILES = (0, 5, 50, 95, 100)  # percent
+RANKED_AT_MOST = 1 << 20  # elements; a rank correlation of a million values is exact to about 0.001
+
+
+def flatten(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Concatenate tensors into one vector on the host, in order."""
+    return torch.cat([t.detach().reshape(-1).cpu() for t in tensors.values()])
+
+
+def near_zero(weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the fraction of weights with |w| <= t for each threshold t, as `fraction_<t>`, in [0, 1]."""
+    total = sum(w.numel() for w in weights.values())
+    counts = {t: sum((w.detach().abs() <= float(t)).sum().item() for w in weights.values()) for t in THRESHOLDS}
+    return {f"fraction_{t}": count / total for t, count in counts.items()}
+
+
+def quantiles(values: Tensor) -> list[float]:
+    """Return the 0, 5, 50, 95 and 100% quantiles of a vector: the element of the nearest rank, never interpolated.
+
+    Note:
+        torch.quantile refuses more than 2^24 values; VGG-19 has more weights.
+    """
+    ordered = values.sort().values
+    return [ordered[round(q / 100 * (len(ordered) - 1))].item() for q in QUANTILES]
+
+
+def average_ranks(values: Tensor) -> Tensor:
+    """Return the rank of every element from 1; equal elements share the mean of their ranks."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> float:
+    """Return Spearman's rank correlation of two vectors, NaN where one is constant.
+
+    Beyond RANKED_AT_MOST elements, of evenly spaced ones.
+    """
+    step = -(-len(x) // RANKED_AT_MOST)
+    ranks = torch.stack([average_ranks(x[::step]), average_ranks(y[::step])]).double()
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def penalty_statistics(penalty: Penalty) -> dict[str, float | str]:
+    """Return the quantiles of |lam| and of the effective strength, and the rank correlation of |lam| with |w|.
+
+    Returns:
+        `lambda_q<q>`, `strength_q<q>` and `rank_correlation`; an empty text where there is no such number.
+    """
+    lam = flatten(penalty.lambdas).abs() if penalty.lambdas else None
+    lam_quantiles = [""] * len(QUANTILES) if lam is None else quantiles(lam)
+    # The strength falls as |lam| grows, so its quantiles are those of |lam| read from the other end.
+    at = torch.ones(len(QUANTILES)) if lam is None else torch.tensor(lam_quantiles[::-1])
+    strengths = penalty.strength(at).expand(len(QUANTILES)).tolist()
+    correlation: float | str = ""
+    if lam is not None and len(lam) > 1:
+        correlation = rank_correlation(lam, flatten(penalty.penalized).abs())
+    return {
+        **{f"lambda_q{q}": value for q, value in zip(QUANTILES, lam_quantiles, strict=True)},
+        **{f"strength_q{q}": value for q, value in zip(QUANTILES, strengths, strict=True)},
+        "rank_correlation": correlation,
+    }

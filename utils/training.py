@@ -1,0 +1,125 @@
+"""One epoch of training, and evaluation. No files, no printing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from utils.meters import Metrics
+from utils.penalties import Penalty
+
+# Reading a loss makes the host wait for an accelerator, so there only every CHECK_EVERY-th batch is looked at.
+CHECK_EVERY = 50
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became infinite or NaN; the message says where and why."""
+
+
+def train_one_epoch(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    penalty: Penalty,
+    optimizers: Sequence[Optimizer],
+    *,
+    device: torch.device,
+    on_batch: Callable[[int, Metrics], None] | None = None,
+) -> dict[str, float]:
+    """Train for one pass over the batches: cross-entropy by autograd, the penalty's gradient in closed form.
+
+    Args:
+        model: the network, trained in place.
+        batches: images (N, 3, H, W) and labels (N,) on the device.
+        penalty: adds its gradient to the weights and to lam after each backward pass.
+        optimizers: of the weights and, if something is learned, of lam.
+        device: where all of them are.
+        on_batch: called with the number of batches done and the metrics so far, where the host waits anyway.
+
+    Returns:
+        Mean cross-entropy `loss`, `top1` and `top5` in percent, over the epoch as it was trained.
+
+    Raises:
+        NonFiniteLossError: naming the batch and whether the cross-entropy or the penalty did it.
+    """
+    model.train()
+    metrics, losses = Metrics(device), []
+    before = smallest_lambda(penalty)
+    stride = 1 if device.type == "cpu" else CHECK_EVERY
+    for index, (images, labels) in enumerate(batches, start=1):
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+        losses.append(loss.detach())
+        if index % stride == 0:
+            check_finite(losses, index, penalty, before)
+            losses.clear()
+            if on_batch:
+                on_batch(index, metrics)
+        loss.backward()
+        penalty.add_grad_()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        metrics.add(loss, logits, labels)
+    if losses:
+        check_finite(losses, index, penalty, before)
+    return metrics.means()
+
+
+def smallest_lambda(penalty: Penalty) -> float | None:
+    """Return the smallest |lam| of a penalty, None where nothing is learned."""
+    return min((lam.detach().abs().min().item() for lam in penalty.lambdas.values()), default=None)
+
+
+@torch.no_grad()
+def check_finite(losses: list[Tensor], last: int, penalty: Penalty, smallest_before: float | None) -> None:
+    """Raise if one of the last batches' cross-entropies is not finite.
+
+    The penalty is blamed where a lam is no longer finite, or where at the start of the epoch its slope at the
+    smallest |lam| exceeded any that a cross-entropy has; the cross-entropy otherwise.
+
+    Args:
+        losses: the cross-entropies since the last look.
+        last: number of the batch that the last of them belongs to, from 1.
+        penalty: the penalty in use.
+        smallest_before: the smallest |lam| when the epoch began.
+
+    Raises:
+        NonFiniteLossError: naming the batch, the culprit and the smallest |lam|.
+    """
+    values = torch.stack(losses)
+    if values.isfinite().all():
+        return
+    first = int((~values.isfinite()).nonzero()[0])
+    lambdas_finite = all(lam.isfinite().all() for lam in penalty.lambdas.values())
+    steep = penalty.strength(torch.tensor(smallest_before or 1.0)) > 10
+    where = f"batch {last - len(losses) + 1 + first}: the cross-entropy is {values[first].item()}"
+    if not lambdas_finite or steep:
+        cause = "the penalty did it: raise --lambda_init, lower --xi or --reg_lr"
+    else:
+        cause = "the cross-entropy did it: lower --lr"
+    smallest = "" if smallest_before is None else f"; smallest |lam| {smallest_before:.3g} at the start of the epoch, {smallest_lambda(penalty):.3g} now"
+    raise NonFiniteLossError(f"{where}; {cause}{smallest}")
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device) -> dict[str, float]:
+    """Evaluate a network.
+
+    Args:
+        model: the network, left in evaluation mode.
+        batches: images (N, 3, H, W) and labels (N,) on the device.
+        device: where both are.
+
+    Returns:
+        Mean cross-entropy `loss`, `top1` and `top5` in percent.
+    """
+    model.eval()
+    metrics = Metrics(device)
+    for images, labels in batches:
+        logits = model(images)
+        metrics.add(F.cross_entropy(logits, labels), logits, labels)
+    return metrics.means()
