@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from models.resnet import ResNet
+from models.resnet import ResNet, blocks_per_stage
 from models.vgg import VGG, VGG_LAYERS
 
 
@@ -28,6 +28,23 @@ ARCHS: dict[str, Arch] = {
 ARCHS["resnet"] = Arch(ResNet, 50, False)
 
 
+def resolve_depth(arch: str, depth: int | None) -> int:
+    """Return the depth of a network: what the name states, or 50 for `resnet` unless another is given.
+
+    Raises:
+        ValueError: arch is unknown, depth contradicts it, or no network has this depth.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(ARCHS)}")
+    spec = ARCHS[arch]
+    depth = spec.depth if depth is None else depth
+    if spec.fixed_depth and depth != spec.depth:
+        raise ValueError(f"--depth {depth} contradicts --arch {arch}: leave --depth out or give {spec.depth}")
+    if not spec.fixed_depth:
+        blocks_per_stage(depth)
+    return depth
+
+
 def build_model(arch: str, num_classes: int, depth: int | None = None) -> nn.Module:
     """Build a freshly initialised network.
 
@@ -40,17 +57,12 @@ def build_model(arch: str, num_classes: int, depth: int | None = None) -> nn.Mod
         A network that maps images (N, 3, 32, 32) to logits (N, num_classes).
 
     Raises:
-        ValueError: arch is unknown, or depth contradicts it.
+        ValueError: arch is unknown, depth contradicts it, or there are fewer than 2 classes.
 
     Note:
         `resnet --depth 50` is the CIFAR network of 3 x 8 BasicBlocks, as in the release, not the ImageNet ResNet-50.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(ARCHS)}")
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-    spec = ARCHS[arch]
-    depth = spec.depth if depth is None else depth
-    if spec.fixed_depth and depth != spec.depth:
-        raise ValueError(f"--depth {depth} contradicts --arch {arch}: leave --depth out or give {spec.depth}")
-    return spec.build(depth, num_classes)
+    depth = resolve_depth(arch, depth)
+    return ARCHS[arch].build(depth, num_classes)

@@ -124,12 +124,20 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
 
 
-def resolve(args: argparse.Namespace) -> None:
+def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], int]) -> None:
     """Check the rules between options and replace the Nones by what they stand for, in place.
+
+    Args:
+        args: the parsed options.
+        depth_of: maps an arch and a depth or None to the depth, or raises ValueError (`models.resolve_depth`).
 
     Raises:
         OptionError: an option does not go with the others.
     """
+    try:
+        args.depth = depth_of(args.arch, args.depth)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
     coefficients = PENALTIES[args.penalty]
     learned = args.penalty in LEARNED
     for name in ("xi", "psi", "lambda_init"):

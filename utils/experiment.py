@@ -1,0 +1,311 @@
+"""One training run: what is trained, by what, how far it is, and the files it leaves. Shared by cifar.py and mnist.py."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import MultiStepLR
+
+from utils import plots
+from utils.checkpoint import CheckpointError, atomic_write, load_checkpoint, load_weights, save_checkpoint
+from utils.data import Dataset, Loader
+from utils.logger import BatchBar, epoch_line, say, warn, write_csv
+from utils.penalties import Penalty
+from utils.run import Interrupted, write_json
+from utils.statistics import flatten, near_zero, penalty_statistics
+from utils.training import NonFiniteLossError, evaluate, train_one_epoch
+
+# Options that a resumed run may change: none of them alters what an epoch computes.
+FREE_ON_RESUME = {"epochs", "data", "save_dir", "device", "test_batch", "overwrite", "resume", "evaluate"}
+
+
+def milestones(schedule: Sequence[int], *, released: bool) -> tuple[list[int], list[int]]:
+    """Return the epochs after which the learning rates of the weights and of lam are multiplied by gamma.
+
+    Args:
+        schedule: the epochs asked for.
+        released: reproduce the release, which decays one shared variable for the weights and once more for lam:
+            weights see 0.1 -> 0.01 -> 1e-4 and lam 0.1 -> 1e-3 -> 1e-5 where both should see 0.1 -> 0.01 -> 1e-3.
+
+    Returns:
+        Two lists; an epoch that stands twice decays twice.
+    """
+    schedule = sorted(schedule)
+    if not released:
+        return schedule, schedule
+    return sorted([*schedule[:1], *schedule[1:] * 2]), sorted(schedule * 2)
+
+
+class Experiment:
+    """A run that can be stopped and continued bit for bit.
+
+    Args:
+        args: the options, after `options.resolve`.
+        data: the images.
+        model: the network, on the device.
+        penalty: the penalty on its parameters.
+        device: where to compute.
+        generator: of the data order and augmentation.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        data: Dataset,
+        model: nn.Module,
+        penalty: Penalty,
+        *,
+        device: torch.device,
+        generator: torch.Generator,
+    ) -> None:
+        self.args, self.data, self.model, self.penalty, self.device = args, data, model, penalty, device
+        self.generator = generator
+        self.folder = Path(args.save_dir)
+        self.history: list[dict] = []  # the rows of log.csv
+        self.held_out = "val" if args.val_split else "test"
+        self.train_loader = make_loader(data, "train", device, batch_size=args.train_batch, generator=generator)
+        self.held_out_loader = make_loader(data, self.held_out, device, batch_size=args.test_batch)
+        self.optimizers = [SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd, fused=True)]
+        if learned := list(penalty.parameters()):
+            self.optimizers += [SGD(learned, args.reg_lr, momentum=args.momentum, weight_decay=args.reg_wd, fused=True)]
+        both = milestones(args.schedule, released=args.released_lr)
+        self.schedulers = [MultiStepLR(o, m, gamma=args.gamma) for o, m in zip(self.optimizers, both, strict=False)]
+
+    @property
+    def epoch(self) -> int:
+        """Number of finished epochs."""
+        return len(self.history)
+
+    @property
+    def best(self) -> dict | None:
+        """The row of the best epoch on the held-out images (the first of equals)."""
+        return max(self.history, key=lambda row: row[f"{self.held_out}_top1"], default=None)
+
+    def result(self) -> dict:
+        """Return the part of a checkpoint that later stages need; its names are the release's, ours are added."""
+        key = f"{self.held_out}_top1"
+        return {
+            "epoch": self.epoch,
+            "state_dict": self.model.state_dict(),
+            "acc": self.history[-1][key] if self.history else None,
+            "best_acc": self.best[key] if self.history else None,
+            "config": vars(self.args) | {"num_classes": len(self.data.classes)},
+            "lambdas": {name: lam.detach() for name, lam in self.penalty.lambdas.items()},
+        }
+
+    def state(self) -> dict:
+        """Return all that a resumed run needs to go on as if it had never stopped."""
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        return self.result() | {
+            "optimizer": self.optimizers[0].state_dict(),
+            "reg_optimizer": self.optimizers[1].state_dict() if len(self.optimizers) > 1 else None,
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "history": self.history,
+            "rng": {"torch": torch.get_rng_state(), "data": self.generator.get_state(), "cuda": cuda},
+        }
+
+    def load(self, path: str | Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckpointError: the file is unusable, of another network, or of a run with other options.
+        """
+        state = load_checkpoint(path)
+        self._check_same_run(state, path)
+        load_weights(self.model, state["state_dict"], path=path)
+        with torch.no_grad():
+            for name, lam in self.penalty.lambdas.items():
+                lam.copy_(state["lambdas"][name])
+        saved = [state["optimizer"], state["reg_optimizer"]]
+        for optimizer, value in zip(self.optimizers, saved, strict=False):
+            optimizer.load_state_dict(value)
+        for scheduler, value in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(value)
+        self.history = state["history"]
+        torch.set_rng_state(state["rng"]["torch"])
+        self.generator.set_state(state["rng"]["data"])
+        if state["rng"]["cuda"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+
+    def _check_same_run(self, state: dict, path: str | Path) -> None:
+        missing = [key for key in ("config", "optimizer", "schedulers", "history", "rng") if key not in state]
+        if missing:
+            load_weights(self.model, state["state_dict"], path=path)  # another network is the better message
+            raise CheckpointError(f"{path} holds no {missing[0]!r}, so training cannot continue from it: resume from checkpoint.pth.tar")
+        config, mine = state["config"], vars(self.args) | {"num_classes": len(self.data.classes)}
+        changed = [key for key in config if key not in FREE_ON_RESUME and config[key] != mine.get(key)]
+        if changed:
+            was = ", ".join(f"{key} {config[key]} (now {mine.get(key)})" for key in changed[:3])
+            raise CheckpointError(f"{path} is of a run with other options: {was}; give the same options, or start a new run")
+        if state["epoch"] > self.args.epochs:
+            raise CheckpointError(f"{path} has {state['epoch']} epochs already: give --epochs {state['epoch']} or more")
+
+    def run(self) -> dict:
+        """Train until `--epochs`, saving after each; then write the arrays, the figures and the summary.
+
+        Returns:
+            The content of summary.json.
+
+        Raises:
+            NonFiniteLossError: the loss is not finite; the last good checkpoint stays.
+            Interrupted: Ctrl-C, with the command that continues.
+            OSError: a file cannot be written; the last one written stays.
+        """
+        late = [epoch for epoch in self.args.schedule if epoch >= self.args.epochs]
+        if late:
+            warn(f"--schedule {' '.join(map(str, late))} is not before the last of --epochs {self.args.epochs}: no decay there")
+        if self.epoch == 0:
+            save_checkpoint(self.folder / "init.pth.tar", self.result())
+            self.save()
+        while self.epoch < self.args.epochs:
+            try:
+                self.history.append(self.run_epoch())
+                self.save()
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(f"epoch {self.epoch + 1}, {error}. {self._where_to_go_on()}") from error
+            except KeyboardInterrupt as error:
+                raise Interrupted(f"stopped. {self._where_to_go_on()}") from error
+            say(epoch_line(self.history[-1], epochs=self.args.epochs))
+        return self.finish()
+
+    def run_epoch(self) -> dict:
+        """Train and evaluate once; return the row for log.csv. Nothing is written."""
+        start, lrs = time.perf_counter(), [scheduler.get_last_lr()[0] for scheduler in self.schedulers]
+        bar = BatchBar(f"epoch {self.epoch + 1}/{self.args.epochs}", len(self.train_loader))
+
+        def show(done: int, metrics) -> None:
+            if bar.bar and metrics.count and done % 5 == 0:
+                so_far = metrics.means()
+                bar.update(done, f"loss {so_far['loss']:.3f}  top-1 {so_far['top1']:.1f}%")
+
+        try:
+            train = train_one_epoch(
+                self.model, self.train_loader, self.penalty, self.optimizers, device=self.device, on_batch=show
+            )
+        finally:
+            bar.close()
+        training_seconds = time.perf_counter() - start
+        for scheduler in self.schedulers:
+            scheduler.step()
+        held_out = evaluate(self.model, self.held_out_loader, device=self.device)
+        with torch.no_grad():
+            penalty = self.penalty().item()
+        return {
+            "epoch": self.epoch + 1,
+            "lr": lrs[0],
+            "reg_lr": lrs[1] if len(lrs) > 1 else "",
+            "train_loss": train["loss"],
+            "train_loss_penalized": train["loss"] + penalty,
+            "train_top1": train["top1"],
+            "train_top5": train["top5"],
+            **{f"{self.held_out}_{key}": value for key, value in held_out.items()},
+            **near_zero(self.penalty.penalized),
+            **penalty_statistics(self.penalty),
+            "seconds": time.perf_counter() - start,
+            "images_per_second": len(self.data.train.labels) / training_seconds,
+        }
+
+    def save(self) -> None:
+        """Write the best model, the checkpoint and the log, each atomically.
+
+        The checkpoint is written after the best model: killed between the two, a resumed run repeats the epoch and
+        writes the same best model again. log.csv follows from the checkpoint's history.
+        """
+        if self.history and self.best is self.history[-1]:
+            save_checkpoint(self.folder / "model_best.pth.tar", self.result())
+        save_checkpoint(self.folder / "checkpoint.pth.tar", self.state())
+        write_csv(self.folder / "log.csv", self.history)
+
+    def _where_to_go_on(self) -> str:
+        arguments = [a for a in sys.argv[1:] if a != "--overwrite"]
+        if "--resume" in arguments:
+            position = arguments.index("--resume")
+            del arguments[position : position + 2]
+        checkpoint = self.folder / "checkpoint.pth.tar"
+        command = shlex.join(["python", sys.argv[0], *arguments, "--resume", str(checkpoint)])
+        return f"{checkpoint} holds the last good epoch ({self.epoch}); continue with: {command}"
+
+    def finish(self) -> dict:
+        """Write final.pth.tar, the arrays, the figures and summary.json; return the summary."""
+        save_checkpoint(self.folder / "final.pth.tar", self.result())
+        weights, lambdas = self._write_arrays()
+        last, best = self.history[-1], self.best
+        top1 = f"{self.held_out}_top1"
+        summary = {
+            "arguments": vars(self.args),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "penalized_parameters": len(weights),
+            "final": last,
+            "best": {"epoch": best["epoch"], top1: best[top1]},
+            "seconds": sum(row["seconds"] for row in self.history),
+        }
+        if self.held_out == "val":
+            summary["test_of_best"] = self._test_best()
+        name = f"{self.args.dataset}, {self.args.arch}, penalty {self.args.penalty}, seed {self.args.seed}"
+        result = f"{self.held_out} top-1 {last[top1]:.2f}% after {self.epoch} epochs"
+        plots.plot_curves(self.history, self.folder / "curves.png", title=f"{result}\n{name}")
+        near = f"{100 * last['fraction_1e-3']:.1f}% of the penalised weights have |w| <= 1e-3"
+        correlation = last["rank_correlation"]
+        adaptive = f"; rank correlation of |lam| with |w|: {correlation:.2f}" if correlation != "" else ""
+        still = (self.args.xi, self.args.psi, self.args.reg_wd) if self.args.penalty == "halo" else None
+        plots.plot_regularization(weights, lambdas, self.folder / "regularization.png", title=near + adaptive, still=still)
+        write_json(self.folder / "summary.json", summary)
+        say(f"{result}; best {best[top1]:.2f}% (epoch {best['epoch']}); outputs in {self.folder}")
+        return summary
+
+    def _write_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Write the arrays that the release writes; return the penalised weights and their lam as vectors."""
+        weights = flatten(self.penalty.penalized).numpy()
+        lambdas = flatten(self.penalty.lambdas).numpy() if self.penalty.lambdas else np.empty(0, np.float32)
+        arrays = {"conv_params": weights, "reg_params": lambdas}
+        for split, key in (("train", "train"), ("test", self.held_out)):
+            arrays[f"{split}_accs"] = np.array([row[f"{key}_top1"] for row in self.history])
+            arrays[f"{split}_losses"] = np.array([row[f"{key}_loss"] for row in self.history])
+        for name, array in arrays.items():
+            with atomic_write(self.folder / f"{name}.npy") as file:
+                np.save(file, array, allow_pickle=False)
+        return weights, lambdas
+
+    def _test_best(self) -> dict:
+        """Evaluate the best epoch's weights on the test images, once."""
+        path = self.folder / "model_best.pth.tar"
+        return evaluate_checkpoint(path, self.model, self.data, self.device, batch_size=self.args.test_batch)
+
+
+def make_loader(
+    data: Dataset, split: str, device: torch.device, *, batch_size: int, generator: torch.Generator | None = None
+) -> Loader:
+    """Return batches of one split ("train", "val" or "test") on the device, in the network's memory format."""
+    images = getattr(data, split).to(device)
+    return Loader(images, data, batch_size=batch_size, generator=generator, memory_format=memory_format(device))
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Return the layout of images and convolutions: channels_last on CPU, where it takes a fifth off a training step."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
+def evaluate_checkpoint(
+    path: str | Path, model: nn.Module, data: Dataset, device: torch.device, *, batch_size: int
+) -> dict:
+    """Load a checkpoint into the network and evaluate it on the test images.
+
+    Returns:
+        `loss`, `top1` and `top5` (percent), and the `epoch` of the checkpoint.
+
+    Raises:
+        CheckpointError: the file is unusable or of another network.
+    """
+    state = load_checkpoint(path)
+    load_weights(model, state["state_dict"], path=path)
+    result = evaluate(model, make_loader(data, "test", device, batch_size=batch_size), device=device)
+    return result | {"epoch": state.get("epoch")}

@@ -1,0 +1,113 @@
+"""The figures of a run. Drawn without pyplot, so no display and no global state is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from utils.checkpoint import atomic_write
+
+DARK, LIGHT, MIDDLE = "#1f3b73", "#e08a1e", "#5c9ead"  # dark, light and between, in greyscale too
+POINTS = 200_000  # points of a scatter plot; more only makes the file slow to draw
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, atomically.
+
+    Raises:
+        OSError: the file cannot be written; what it held before is untouched.
+    """
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def plot_curves(history: Sequence[dict], path: str | Path, *, title: str) -> None:
+    """Draw loss, accuracy and learning rate against the epoch.
+
+    Args:
+        history: the rows of log.csv, at least one.
+        path: PNG to write.
+        title: what the figure shows.
+    """
+    held_out = "val" if "val_top1" in history[0] else "test"
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    loss, accuracy, rate = figure.subplots(3, 1, sharex=True)
+
+    def line(axes, key: str, label: str, style: str, colour: str) -> None:
+        axes.plot(epochs, [row[key] for row in history], style, color=colour, label=label, markersize=3)
+
+    line(loss, "train_loss", "train, cross-entropy", "o-", DARK)
+    line(loss, "train_loss_penalized", "train, with penalty", "^:", MIDDLE)
+    line(loss, f"{held_out}_loss", f"{held_out}, cross-entropy", "s--", LIGHT)
+    loss.set(ylabel="loss (nats)", yscale="log")
+    line(accuracy, "train_top1", "train top-1", "o-", DARK)
+    line(accuracy, f"{held_out}_top1", f"{held_out} top-1", "s--", LIGHT)
+    accuracy.set(ylabel="accuracy (%)")
+    line(rate, "lr", "weights", "o-", DARK)
+    if history[0]["reg_lr"] != "":
+        line(rate, "reg_lr", "lam", "s--", LIGHT)
+    rate.set(ylabel="learning rate", xlabel="epoch")
+    if all(row["lr"] > 0 for row in history):
+        rate.set(yscale="log")
+    for axes in (loss, accuracy, rate):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def equilibrium(lam: np.ndarray, *, xi: float, psi: float, decay: float) -> np.ndarray:
+    """Return the |w| at which a HALO coefficient lam stands still: lam^3 * (psi + decay * lam) / (2 * xi).
+
+    Args:
+        lam: positive values.
+        xi, psi: coefficients of HALO, xi > 0.
+        decay: weight decay of lam.
+    """
+    return lam**3 * (psi + decay * lam) / (2 * xi)
+
+
+def _histogram(axes, values: np.ndarray, colour: str, label: str) -> None:
+    values = np.log10(np.maximum(values, 1e-12))
+    axes.hist(values, bins=80, color=colour)
+    axes.set(xlabel=label, ylabel="count")
+    axes.grid(alpha=0.3)
+
+
+def plot_regularization(
+    weights: np.ndarray, lambdas: np.ndarray, path: str | Path, *, title: str, still: tuple[float, float, float] | None
+) -> None:
+    """Draw the histograms of log10 |w| and log10 |lam|, and |lam| against |w|.
+
+    Args:
+        weights: the penalised weights, (n,).
+        lambdas: their lam, (n,) for HALO, (1,) for SWS, (0,) where nothing is learned: then |w| alone is drawn.
+        path: PNG to write.
+        title: what the figure shows.
+        still: xi, psi and the weight decay of lam, for the line on which lam is at rest; None draws no line.
+    """
+    weights, lambdas = np.abs(weights), np.abs(lambdas)
+    panels = 1 if len(lambdas) == 0 else 2 if len(lambdas) != len(weights) else 3
+    figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    _histogram(axes[0], weights, DARK, "log10 |w|   (values below 1e-12 at -12)")
+    if panels > 1:
+        _histogram(axes[1], lambdas, LIGHT, "log10 |lam|")
+    if panels == 3:
+        step = -(-len(weights) // POINTS)
+        w, lam = np.maximum(weights[::step], 1e-12), np.maximum(lambdas[::step], 1e-12)
+        mesh = axes[2].hexbin(w, lam, xscale="log", yscale="log", bins="log", gridsize=70, cmap="Greys", mincnt=1)
+        figure.colorbar(mesh, ax=axes[2], label="weights per cell")
+        if still is not None and still[0] > 0 and (still[1] > 0 or still[2] > 0):
+            line = np.geomspace(max(lam.min(), 1e-6), lam.max(), 200)
+            at = equilibrium(line, xi=still[0], psi=still[1], decay=still[2])
+            inside = (at > w.min()) & (at < w.max())
+            axes[2].plot(at[inside], line[inside], "--", color=LIGHT, linewidth=2, label="lam at rest")
+            axes[2].legend()
+        axes[2].set(xlabel="|w|", ylabel="|lam|")
+    figure.suptitle(title)
+    save_figure(figure, path)
