@@ -49,7 +49,8 @@ def main(args: argparse.Namespace) -> dict:
         say(f"{args.resume}: test loss {result['loss']:.4f}  top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%")
         return result
 
-    penalty = make_penalty(args.penalty, penalized_parameters(model), xi=args.xi, psi=args.psi, lambda_init=args.lambda_init)
+    coefficients = {"xi": args.xi, "psi": args.psi, "lambda_init": args.lambda_init}
+    penalty = make_penalty(args.penalty, penalized_parameters(model), **coefficients)
     experiment = Experiment(args, data, model, penalty, device=device, generator=generator)
     if args.resume:
         experiment.load(args.resume)

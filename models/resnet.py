@@ -67,8 +67,8 @@ def blocks_per_stage(depth: int) -> int:
     layers = 9 if depth >= BOTTLENECK_FROM_DEPTH else 6
     n, rest = divmod(depth - 2, layers)
     if rest or n < 1:
-        rule = f"{layers}n+2 (n = 1, 2, ...)" if layers == 6 else "9n+2 (56, 65, 74, ..., 110, ...)"
-        raise ValueError(f"no ResNet of depth {depth}: below {BOTTLENECK_FROM_DEPTH} it is 6n+2, above 9n+2; choose {rule}")
+        choices = "8, 14, 20, 26, 32, 38, 44, 50 (6n+2) or 56, 65, 74, ..., 110, ... (9n+2)"
+        raise ValueError(f"no ResNet has --depth {depth}: choose from {choices}")
     return n
 
 

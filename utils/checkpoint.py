@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from collections.abc import Iterator, Mapping
@@ -39,13 +40,11 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except BaseException as error:
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write {path}: {reason}; free space or choose another folder, nothing is lost") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        # torch reports a full disk as RuntimeError
-        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "writ" in str(error)):
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise OSError(f"cannot write {path}: {reason}; free space or choose another folder, the previous file is untouched") from error
-        raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -66,8 +65,11 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
     Raises:
         OSError: the file cannot be written (disk full, no permission); the previous file is untouched.
     """
+    # Through memory, because torch.save hides the reason when the disk is full.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with atomic_write(path) as file:
-        torch.save(state, file)
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict:
@@ -92,7 +94,8 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
         state = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise CheckpointError(f"{path} is refused: it holds Python objects that could run code; use a file of tensors and plain types") from error
+            remedy = "use a file of tensors and plain types"
+            raise CheckpointError(f"{path} is refused, it holds objects that could run code: {remedy}") from error
         raise CheckpointError(f"{path} is damaged or no checkpoint: use another copy") from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError, TypeError) as error:
         raise CheckpointError(f"{path} is truncated, damaged or no checkpoint: use another copy") from error

@@ -98,8 +98,9 @@ def read_split(folder: Path, *, num_classes: int | None) -> tuple[Split, tuple[s
         ValueError: a folder is missing or empty, the number of classes is wrong, or a file is no image.
     """
     folders = [path for path in visible(folder) if path.is_dir()]
+    expected = num_classes or "at least 2"
     if len(folders) != (num_classes or max(len(folders), 2)):
-        raise ValueError(f"{folder} has {len(folders)} class folders, expected {num_classes or 'at least 2'}: check --data")
+        raise ValueError(f"{folder} has {len(folders)} class folders, expected {expected}: check --data")
     files = [visible(path) for path in folders]
     for path, inside in zip(folders, files, strict=True):
         if not inside:
@@ -137,8 +138,9 @@ def load_cifar(root: Path, *, num_classes: int) -> tuple[Split, Split, tuple[str
         splits = [official(str(root), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"cannot download CIFAR-{num_classes} to {root} ({error}): place torchvision's {root / official.base_folder} "
-            f"or class folders {folders}/{{train,test}}/<class>/*.png there by hand, or name another --data"
+            f"cannot download CIFAR-{num_classes} to {root} ({error}): place torchvision's files "
+            f"{root / official.base_folder}/* or class folders {folders}/{{train,test}}/<class>/*.png there by hand, "
+            "or name another --data"
         ) from error
     return _cifar_split(splits[0]), _cifar_split(splits[1]), tuple(splits[0].classes)
 
@@ -195,7 +197,7 @@ def load_dataset(name: str, root: str | Path, *, val_split: int = 0) -> Dataset:
     if not val_split:
         return dataset
     if val_split >= len(train.labels):
-        raise ValueError(f"--val_split {val_split} leaves nothing to train on: there are {len(train.labels)} training images")
+        raise ValueError(f"--val_split {val_split} leaves nothing to train on: give less than {len(train.labels)}")
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     held_out, kept = order[:val_split].sort().values, order[val_split:].sort().values
     return replace(
@@ -210,7 +212,7 @@ def crop(images: Tensor, top: Tensor, left: Tensor, *, padding: int) -> Tensor:
 
     Args:
         images: (N, C, H, W), any type.
-        top, left: (N,), int64, in [0, 2 * padding]; padding for both leaves an image as it is.
+        top, left: (N,), int64, in [0, 2 * padding]; both equal to padding leave an image as it is.
         padding: black pixels added on each side.
 
     Returns:

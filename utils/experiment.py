@@ -1,4 +1,4 @@
-"""One training run: what is trained, by what, how far it is, and the files it leaves. Shared by cifar.py and mnist.py."""
+"""One training run: what is trained, by what, how far it is, and the files it leaves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from utils.checkpoint import CheckpointError, atomic_write, load_checkpoint, loa
 from utils.data import Dataset, Loader
 from utils.logger import BatchBar, epoch_line, say, warn, write_csv
 from utils.penalties import Penalty
-from utils.run import Interrupted, write_json
+from utils.run import Interrupted, interrupt_later, write_json
 from utils.statistics import flatten, near_zero, penalty_statistics
 from utils.training import NonFiniteLossError, evaluate, train_one_epoch
 
@@ -140,12 +140,12 @@ class Experiment:
         missing = [key for key in ("config", "optimizer", "schedulers", "history", "rng") if key not in state]
         if missing:
             load_weights(self.model, state["state_dict"], path=path)  # another network is the better message
-            raise CheckpointError(f"{path} holds no {missing[0]!r}, so training cannot continue from it: resume from checkpoint.pth.tar")
+            raise CheckpointError(f"{path} holds no {missing[0]!r} to continue with: resume from a checkpoint.pth.tar")
         config, mine = state["config"], vars(self.args) | {"num_classes": len(self.data.classes)}
         changed = [key for key in config if key not in FREE_ON_RESUME and config[key] != mine.get(key)]
         if changed:
             was = ", ".join(f"{key} {config[key]} (now {mine.get(key)})" for key in changed[:3])
-            raise CheckpointError(f"{path} is of a run with other options: {was}; give the same options, or start a new run")
+            raise CheckpointError(f"{path} is of another run: {was}; give the same options, or start a new run")
         if state["epoch"] > self.args.epochs:
             raise CheckpointError(f"{path} has {state['epoch']} epochs already: give --epochs {state['epoch']} or more")
 
@@ -162,14 +162,16 @@ class Experiment:
         """
         late = [epoch for epoch in self.args.schedule if epoch >= self.args.epochs]
         if late:
-            warn(f"--schedule {' '.join(map(str, late))} is not before the last of --epochs {self.args.epochs}: no decay there")
+            warn(f"no decay at --schedule {' '.join(map(str, late))}: the run has only --epochs {self.args.epochs}")
         if self.epoch == 0:
             save_checkpoint(self.folder / "init.pth.tar", self.result())
             self.save()
         while self.epoch < self.args.epochs:
             try:
-                self.history.append(self.run_epoch())
-                self.save()
+                row = self.run_epoch()
+                with interrupt_later():
+                    self.history.append(row)
+                    self.save()
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"epoch {self.epoch + 1}, {error}. {self._where_to_go_on()}") from error
             except KeyboardInterrupt as error:
@@ -232,7 +234,7 @@ class Experiment:
             del arguments[position : position + 2]
         checkpoint = self.folder / "checkpoint.pth.tar"
         command = shlex.join(["python", sys.argv[0], *arguments, "--resume", str(checkpoint)])
-        return f"{checkpoint} holds the last good epoch ({self.epoch}); continue with: {command}"
+        return f"{checkpoint} holds the last finished epoch ({self.epoch}); continue with: {command}"
 
     def finish(self) -> dict:
         """Write final.pth.tar, the arrays, the figures and summary.json; return the summary."""
@@ -257,7 +259,8 @@ class Experiment:
         correlation = last["rank_correlation"]
         adaptive = f"; rank correlation of |lam| with |w|: {correlation:.2f}" if correlation != "" else ""
         still = (self.args.xi, self.args.psi, self.args.reg_wd) if self.args.penalty == "halo" else None
-        plots.plot_regularization(weights, lambdas, self.folder / "regularization.png", title=near + adaptive, still=still)
+        path = self.folder / "regularization.png"
+        plots.plot_regularization(weights, lambdas, path, title=near + adaptive, still=still)
         write_json(self.folder / "summary.json", summary)
         say(f"{result}; best {best[top1]:.2f}% (epoch {best['epoch']}); outputs in {self.folder}")
         return summary
@@ -290,7 +293,7 @@ def make_loader(
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """Return the layout of images and convolutions: channels_last on CPU, where it takes a fifth off a training step."""
+    """Return the layout of images and convolutions: channels_last on CPU, where a step takes a fifth less time."""
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -32,6 +33,8 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
+        # Before Python 3.14 argparse takes "-1e-8" for an option, and its error would not show the value.
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""
@@ -90,38 +93,48 @@ def add_penalty(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("penalty (one at most)")
     flags = group.add_mutually_exclusive_group()
     parser.set_defaults(penalty="none")
-    for name, text in (("halo", "one learned coefficient per weight"), ("l1", "lasso"), ("ws", "SWS: lasso with one learned strength"), ("mcp", "minimax concave penalty")):
-        flags.add_argument(f"--{name}", dest="penalty", action="store_const", const=name, default=argparse.SUPPRESS, help=text)
-    group.add_argument("--xi", type=real(0), help="strength of the penalty on |w|; None: 1e-8, for MCP 1e-4")
-    group.add_argument("--psi", type=real(0), help="pull on lam (HALO, SWS; None: 1e-8), concavity (MCP; None: 1000)")
-    group.add_argument("--lambda_init", type=real(nonzero=True), help="starting value of lam; None: 1")
-    group.add_argument("--reg_lr", type=real(0), help="learning rate of lam; None: that of the weights")
-    group.add_argument("--reg_wd", type=real(0), help="weight decay of lam; None: that of the weights")
-    group.add_argument("--released_lr", action="store_true", help="decay both learning rates as the release does: twice a milestone, through one variable")
+    meanings = {
+        "halo": "one learned coefficient per weight",
+        "l1": "lasso",
+        "ws": "SWS: lasso with one learned strength",
+        "mcp": "minimax concave penalty",
+    }
+    for name, text in meanings.items():
+        flags.add_argument(
+            f"--{name}", dest="penalty", action="store_const", const=name, default=argparse.SUPPRESS, help=text
+        )
+    add = group.add_argument
+    add("--xi", type=real(0), help="strength of the penalty on |w|; None: 1e-8, for MCP 1e-4")
+    add("--psi", type=real(0), help="pull on lam (HALO, SWS; None: 1e-8), concavity (MCP; None: 1000)")
+    add("--lambda_init", type=real(nonzero=True), help="starting value of lam; None: 1")
+    add("--reg_lr", type=real(0), help="learning rate of lam; None: that of the weights")
+    add("--reg_wd", type=real(0), help="weight decay of lam; None: that of the weights")
+    add("--released_lr", action="store_true", help="decay the learning rates twice a milestone, as the release does")
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
     """Add the options of stochastic gradient descent."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=whole(1), default=160, metavar="N", help="passes over the training images")
-    group.add_argument("--train_batch", type=whole(1), default=64, metavar="N", help="batch size")
-    group.add_argument("--lr", type=real(0), default=0.1, help="learning rate")
-    group.add_argument("--momentum", type=real(0), default=0.9, help="momentum, of the weights and of lam")
-    group.add_argument("--wd", type=real(0), default=1e-4, help="weight decay")
-    group.add_argument("--schedule", type=whole(1), nargs="*", default=[80, 120], metavar="EPOCH", help="decay the learning rates after these epochs")
-    group.add_argument("--gamma", type=real(0), default=0.1, help="factor of each decay")
-    group.add_argument("--val_split", type=whole(0), default=0, metavar="N", help="hold N training images out, choose the best epoch on them, read the test set once at the end")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=whole(1), default=160, metavar="N", help="passes over the training images")
+    add("--train_batch", type=whole(1), default=64, metavar="N", help="batch size")
+    add("--lr", type=real(0), default=0.1, help="learning rate")
+    add("--momentum", type=real(0), default=0.9, help="momentum, of the weights and of lam")
+    add("--wd", type=real(0), default=1e-4, help="weight decay")
+    add("--schedule", type=whole(1), nargs="*", default=[80, 120], metavar="EPOCH", help="decay after these epochs")
+    add("--gamma", type=real(0), default=0.1, help="factor of each decay")
+    text = "hold N training images out, choose the best epoch on them, read the test set once at the end"
+    add("--val_split", type=whole(0), default=0, metavar="N", help=text)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the options of a run: where it writes, where it computes, what it starts from."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--save_dir", metavar="DIR", help="where the outputs go; None: runs/<dataset>_<arch>_<penalty>_seed<k>")
-    group.add_argument("--overwrite", action="store_true", help="replace the run that --save_dir holds")
-    group.add_argument("--resume", metavar="FILE", help="continue from this checkpoint")
-    group.add_argument("-e", "--evaluate", action="store_true", help="evaluate the --resume checkpoint on the test images and stop")
-    group.add_argument("--seed", type=whole(0), default=1, help="seed of every random generator")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    add = parser.add_argument_group("run").add_argument
+    add("--save_dir", metavar="DIR", help="the outputs; None: runs/<dataset>_<arch>_<penalty>_seed<k>")
+    add("--overwrite", action="store_true", help="replace the run that --save_dir holds")
+    add("--resume", metavar="FILE", help="continue from this checkpoint")
+    add("-e", "--evaluate", action="store_true", help="evaluate --resume on the test images and stop")
+    add("--seed", type=whole(0), default=1, help="seed of every random generator")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
 
 
 def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], int]) -> None:

@@ -26,7 +26,8 @@ def penalized_parameters(model: nn.Module, *, linear: bool = False) -> dict[str,
     layers = _layers(model, linear=linear)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no Conv2d layer: pass linear=True to take its Linear layers")
-    return {f"{name}.{key}": p for name, layer in layers for key, p in layer.named_parameters(recurse=False)}
+    named = ((name, key, p) for name, layer in layers for key, p in layer.named_parameters(recurse=False))
+    return {f"{name}.{key}".lstrip("."): p for name, key, p in named}
 
 
 def prunable_weights(model: nn.Module, *, linear: bool = False) -> dict[str, nn.Parameter]:

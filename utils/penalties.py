@@ -73,7 +73,7 @@ class Penalty(nn.Module):
         return {}
 
     def strength(self, lam: Tensor | None = None) -> Tensor:
-        """Return the slope of the penalty in |w|, at w = 0, for this value of lam (ignored where nothing is learned)."""
+        """Return the slope of the penalty in |w| at w = 0 for this lam (ignored where nothing is learned)."""
         return torch.zeros(())
 
     def forward(self) -> Tensor:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from utils.checkpoint import atomic_write
 
 DARK, LIGHT, MIDDLE = "#1f3b73", "#e08a1e", "#5c9ead"  # dark, light and between, in greyscale too
+SMALLEST = 1e-9  # what is smaller, zeros too, is drawn here
 POINTS = 200_000  # points of a scatter plot; more only makes the file slow to draw
 
 
@@ -51,6 +53,7 @@ def plot_curves(history: Sequence[dict], path: str | Path, *, title: str) -> Non
     if history[0]["reg_lr"] != "":
         line(rate, "reg_lr", "lam", "s--", LIGHT)
     rate.set(ylabel="learning rate", xlabel="epoch")
+    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
     if all(row["lr"] > 0 for row in history):
         rate.set(yscale="log")
     for axes in (loss, accuracy, rate):
@@ -72,9 +75,10 @@ def equilibrium(lam: np.ndarray, *, xi: float, psi: float, decay: float) -> np.n
 
 
 def _histogram(axes, values: np.ndarray, colour: str, label: str) -> None:
-    values = np.log10(np.maximum(values, 1e-12))
+    values = np.log10(np.maximum(values, SMALLEST))
     axes.hist(values, bins=80, color=colour)
     axes.set(xlabel=label, ylabel="count")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(alpha=0.3)
 
 
@@ -94,20 +98,21 @@ def plot_regularization(
     panels = 1 if len(lambdas) == 0 else 2 if len(lambdas) != len(weights) else 3
     figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    _histogram(axes[0], weights, DARK, "log10 |w|   (values below 1e-12 at -12)")
+    _histogram(axes[0], weights, DARK, f"log10 |w|   (from {SMALLEST:g} on)")
     if panels > 1:
         _histogram(axes[1], lambdas, LIGHT, "log10 |lam|")
     if panels == 3:
         step = -(-len(weights) // POINTS)
-        w, lam = np.maximum(weights[::step], 1e-12), np.maximum(lambdas[::step], 1e-12)
+        w, lam = np.maximum(weights[::step], SMALLEST), np.maximum(lambdas[::step], SMALLEST)
         mesh = axes[2].hexbin(w, lam, xscale="log", yscale="log", bins="log", gridsize=70, cmap="Greys", mincnt=1)
         figure.colorbar(mesh, ax=axes[2], label="weights per cell")
         if still is not None and still[0] > 0 and (still[1] > 0 or still[2] > 0):
             line = np.geomspace(max(lam.min(), 1e-6), lam.max(), 200)
             at = equilibrium(line, xi=still[0], psi=still[1], decay=still[2])
             inside = (at > w.min()) & (at < w.max())
-            axes[2].plot(at[inside], line[inside], "--", color=LIGHT, linewidth=2, label="lam at rest")
-            axes[2].legend()
+            if inside.any():
+                axes[2].plot(at[inside], line[inside], "--", color=LIGHT, linewidth=2, label="lam at rest")
+                axes[2].legend()
         axes[2].set(xlabel="|w|", ylabel="|lam|")
     figure.suptitle(title)
     save_figure(figure, path)

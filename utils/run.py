@@ -5,25 +5,29 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import torch
 
-from utils.checkpoint import CheckpointError, atomic_write
+from utils.checkpoint import atomic_write
 from utils.options import OptionError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-RUN_FILES = (
-    *("config.json", "log.csv", "summary.json", "curves.png", "regularization.png"),
-    *("init.pth.tar", "checkpoint.pth.tar", "model_best.pth.tar", "final.pth.tar"),
-    *(f"{name}.npy" for name in ("train_accs", "train_losses", "test_accs", "test_losses", "conv_params", "reg_params")),
-)
+RUN_FILES = """
+    config.json log.csv summary.json curves.png regularization.png
+    init.pth.tar checkpoint.pth.tar model_best.pth.tar final.pth.tar
+    train_accs.npy train_losses.npy test_accs.npy test_losses.npy conv_params.npy reg_params.npy
+""".split()
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,6 +48,22 @@ def run_script(main: Callable[[argparse.Namespace], dict], parser: argparse.Argu
         text = " ".join(str(error).split()) or type(error).__name__
         parser.exit(2 if isinstance(error, OptionError) else 1, f"{parser.prog}: error: {text}\n")
     sys.exit(0)
+
+
+@contextmanager
+def interrupt_later() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block has ended, so that a save is never cut in two."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received = []
+    previous = signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received and callable(previous):
+        previous(*received[0])
 
 
 def set_seed(seed: int) -> torch.Generator:
@@ -85,10 +105,14 @@ def prepare_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None
             pass
         (folder / ".writable").unlink()
     except OSError as error:
-        raise OSError(f"cannot write to --save_dir {folder} ({error.strerror or error}): choose another folder") from error
+        reason = error.strerror or error
+        raise OSError(f"cannot write to --save_dir {folder} ({reason}): choose another folder") from error
     own = resume is not None and Path(resume).resolve().parent == folder.resolve()
     if (folder / "checkpoint.pth.tar").exists() and not own and not overwrite:
-        raise ValueError(f"{folder} holds another run: continue it with --resume {folder / 'checkpoint.pth.tar'}, replace it with --overwrite, or choose another --save_dir")
+        raise ValueError(
+            f"{folder} holds another run: continue it with --resume {folder / 'checkpoint.pth.tar'}, "
+            "replace it with --overwrite, or choose another --save_dir"
+        )
 
 
 def clear_run(folder: Path) -> None:
@@ -105,9 +129,20 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def _processor() -> str:
+    """Return the name of the processor and the number of its cores that this process may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
 def describe(args: argparse.Namespace, device: torch.device) -> dict:
     """Return what config.json holds: arguments, command line, commit, versions and hardware."""
     status = _git("status", "--porcelain")
+    cuda = device.type == "cuda"
     return {
         "arguments": vars(args),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -115,7 +150,7 @@ def describe(args: argparse.Namespace, device: torch.device) -> dict:
         "git_dirty": None if status is None else bool(status),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "device": str(device),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "hardware": torch.cuda.get_device_name(device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
     }
 
@@ -126,6 +161,7 @@ def write_json(path: str | Path, content: dict) -> None:
     Raises:
         OSError: the file cannot be written; what it held before is untouched.
     """
+
     def clean(value: object) -> object:
         if isinstance(value, dict):
             return {str(key): clean(item) for key, item in value.items()}

@@ -101,7 +101,10 @@ def check_finite(losses: list[Tensor], last: int, penalty: Penalty, smallest_bef
         cause = "the penalty did it: raise --lambda_init, lower --xi or --reg_lr"
     else:
         cause = "the cross-entropy did it: lower --lr"
-    smallest = "" if smallest_before is None else f"; smallest |lam| {smallest_before:.3g} at the start of the epoch, {smallest_lambda(penalty):.3g} now"
+    smallest = ""
+    if smallest_before is not None:
+        now = smallest_lambda(penalty)
+        smallest = f"; smallest |lam| {smallest_before:.3g} when the epoch began, {now:.3g} now"
     raise NonFiniteLossError(f"{where}; {cause}{smallest}")
 
 

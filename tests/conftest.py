@@ -1,0 +1,67 @@
+"""Helpers shared by the tests: small images, and the scripts called as a user calls them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cifar
+from utils.run import run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["-a", "resnet", "--depth", "8", "--epochs", "2", "--schedule", "1", "--train_batch", "16"]
+
+
+def write_images(root: Path, *, classes: int = 3, train: int = 12, test: int = 6) -> Path:
+    """Write a folder of images whose brightness tells their class."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for label in range(classes):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(20 * label, 20 * label + 75, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder for `-d folder`: 3 classes of 12 training and 6 test images."""
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def tiny(images, tmp_path):
+    """The options of a training run of about half a second, writing to tmp_path / "run"."""
+    return ["-d", "folder", "--data", str(images), *TINY, "--save_dir", str(tmp_path / "run")]
+
+
+def train(*options: str) -> dict:
+    """Run cifar.py's main in this process."""
+    return cifar.main(cifar.get_parser().parse_args([str(option) for option in options]))
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Call cifar.py with wrong input; return its exit status and the one line it says."""
+
+    def call(*options: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["cifar.py", *(str(option) for option in options)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run_script(cifar.main, cifar.get_parser())
+        lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("note:")]
+        assert len(lines) == 1, lines
+        return stopped.value.code, lines[0]
+
+    return call
+
+
+def start(*options: str, **popen) -> subprocess.Popen:
+    """Start cifar.py as a process of its own."""
+    command = [sys.executable, str(ROOT / "cifar.py"), *(str(option) for option in options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)

@@ -1,0 +1,283 @@
+"""cifar.py from the command line: outputs, exact resume, interruption, and runs that must not be lost."""
+
+import csv
+import json
+import random
+import signal
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import start, train
+
+from models import build_model
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.run import RUN_FILES
+
+HALO = ["--halo", "--xi", "1e-3", "--psi", "1e-3"]
+TIMES = ("seconds", "images_per_second")
+
+
+def rows(folder):
+    """Return log.csv without the columns that measure time."""
+    with open(folder / "log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def assert_equal_runs(one, other):
+    """Compare weights, lam, momentum and log rows bit for bit."""
+    assert rows(one) == rows(other)
+    a, b = (load_checkpoint(folder / "checkpoint.pth.tar") for folder in (one, other))
+    for key in ("state_dict", "lambdas"):
+        assert list(a[key]) == list(b[key]) and all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+    for key in ("optimizer", "reg_optimizer"):
+        for index, state in a[key]["state"].items():
+            assert torch.equal(state["momentum_buffer"], b[key]["state"][index]["momentum_buffer"])
+
+
+def test_resume_is_bit_exact_on_digits(tmp_path):
+    options = ["-d", "digits", "-a", "resnet", "--depth", "8", *HALO, "--schedule", "1", "3"]
+    train(*options, "--epochs", 4, "--save_dir", tmp_path / "straight")
+    train(*options, "--epochs", 2, "--save_dir", tmp_path / "halves")
+    halfway = load_checkpoint(tmp_path / "halves" / "checkpoint.pth.tar")
+    torch.manual_seed(99)  # whatever happened in between does not matter
+    checkpoint = tmp_path / "halves" / "checkpoint.pth.tar"
+    train(*options, "--epochs", 4, "--save_dir", tmp_path / "halves", "--resume", checkpoint)
+    assert_equal_runs(tmp_path / "straight", tmp_path / "halves")
+    log = rows(tmp_path / "halves")
+    assert [row["epoch"] for row in log] == ["1", "2", "3", "4"]
+    assert [float(row["lr"]) for row in log] == pytest.approx([0.1, 0.01, 0.01, 0.001])
+    end = load_checkpoint(tmp_path / "halves" / "checkpoint.pth.tar")
+    assert not torch.equal(end["lambdas"]["conv1.weight"], halfway["lambdas"]["conv1.weight"])
+
+
+@pytest.mark.parametrize("penalty", [[], ["--l1"], ["--ws", "--xi", "1e-3"], ["--mcp"], ["--halo", "--released_lr"]])
+def test_every_penalty_resumes_into_another_folder(tiny, tmp_path, penalty):
+    train(*tiny, *penalty)
+    train(*tiny, *penalty, "--epochs", "1", "--save_dir", tmp_path / "first")
+    train(*tiny, *penalty, "--save_dir", tmp_path / "second", "--resume", tmp_path / "first" / "checkpoint.pth.tar")
+    if "--ws" in penalty or "--halo" in penalty:
+        assert_equal_runs(tmp_path / "run", tmp_path / "second")
+    assert rows(tmp_path / "run") == rows(tmp_path / "second")
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(tiny, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(*tiny, *HALO, "--seed", seed, "--save_dir", tmp_path / name)
+    assert_equal_runs(tmp_path / "a", tmp_path / "b")
+    assert rows(tmp_path / "a") != rows(tmp_path / "c")
+
+
+def test_what_a_run_leaves(tiny, tmp_path):
+    summary = train(*tiny, *HALO)
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == set(RUN_FILES)
+    for name in ("curves.png", "regularization.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    config = json.loads((folder / "config.json").read_text())
+    assert {"arguments", "command", "git_commit", "git_dirty", "versions", "device"} <= set(config)
+    assert config["arguments"]["xi"] == 1e-3 and config["versions"]["torch"] == torch.__version__
+
+    final = load_checkpoint(folder / "final.pth.tar")
+    model = build_model("resnet", 3, 8)
+    model.load_state_dict(final["state_dict"])
+    convolutions = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    flat = torch.cat([w.detach().flatten() for w in convolutions]).numpy()
+    assert np.array_equal(np.load(folder / "conv_params.npy"), flat)
+    lam = np.load(folder / "reg_params.npy")
+    assert np.array_equal(lam, torch.cat([t.flatten() for t in final["lambdas"].values()]).numpy())
+
+    log = rows(folder)
+    assert float(log[-1]["fraction_1e-3"]) == pytest.approx((np.abs(flat) <= 1e-3).mean())
+    assert float(log[-1]["lambda_q0"]) == pytest.approx(np.abs(lam).min(), rel=1e-6)
+    assert float(log[-1]["strength_q100"]) == pytest.approx(1e-3 / np.abs(lam).min() ** 2, rel=1e-5)
+    gap = 1e-3 * (np.abs(flat) / lam**2).sum() + 1e-3 * np.abs(lam).sum()
+    assert float(log[-1]["train_loss_penalized"]) - float(log[-1]["train_loss"]) == pytest.approx(gap, rel=1e-4)
+    for name, column in (("train_accs", "train_top1"), ("test_accs", "test_top1"), ("test_losses", "test_loss")):
+        assert np.load(folder / f"{name}.npy").tolist() == [float(row[column]) for row in log]
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert final["acc"] == summary["final"]["test_top1"] and final["epoch"] == 2
+    best = load_checkpoint(folder / "model_best.pth.tar")
+    assert best["acc"] == best["best_acc"] == max(float(row["test_top1"]) for row in log)
+
+
+def test_training_learns_and_evaluate_agrees(tiny, tmp_path):
+    summary = train(*tiny, "--epochs", "8", "--schedule", "6", "--lr", "0.05")
+    assert summary["final"]["test_top1"] > 80
+    again = train(*tiny, "--evaluate", "--resume", tmp_path / "run" / "final.pth.tar")
+    assert again["top1"] == summary["final"]["test_top1"]
+    assert again["loss"] == pytest.approx(summary["final"]["test_loss"], rel=1e-6)
+
+
+def test_val_split_leaves_the_test_set_alone(tiny, tmp_path, monkeypatch):
+    from utils import experiment
+
+    seen = []
+    original = experiment.make_loader
+
+    def watch(data, split, *args, **kwargs):
+        seen.append(split)
+        return original(data, split, *args, **kwargs)
+
+    monkeypatch.setattr(experiment, "make_loader", watch)
+    summary = train(*tiny, "--val_split", "9")
+    assert seen == ["train", "val", "test"]
+    log = rows(tmp_path / "run")
+    assert "val_top1" in log[0] and "test_top1" not in log[0]
+    best = load_checkpoint(tmp_path / "run" / "model_best.pth.tar")
+    assert summary["test_of_best"]["epoch"] == best["epoch"]
+    evaluated = train(*tiny, "--evaluate", "--resume", tmp_path / "run" / "model_best.pth.tar")
+    assert summary["test_of_best"] == evaluated
+
+
+def test_a_folder_with_a_run_is_not_overwritten_by_accident(tiny, tmp_path, fails):
+    train(*tiny, *HALO)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    status, line = fails(*tiny, "--l1")
+    assert status == 1 and "--resume" in line and "--overwrite" in line
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    (tmp_path / "run" / "mine.txt").write_text("keep")
+    train(*tiny, "--l1", "--epochs", "1", "--overwrite")
+    assert len(rows(tmp_path / "run")) == 1 and (tmp_path / "run" / "mine.txt").exists()
+
+
+@pytest.fixture
+def trained(tiny, tmp_path):
+    """A finished run; returns the options that continue it."""
+    train(*tiny, *HALO)
+    return [*tiny, *HALO, "--resume", str(tmp_path / "run" / "checkpoint.pth.tar")]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (["--depth", "14"], "depth 8 (now 14)"),
+        (["--lr", "0.2"], "lr 0.1 (now 0.2)"),
+        (["--epochs", "1"], "2 epochs already"),
+        (["--psi", "1e-2"], "psi"),
+        (["--resume", "nowhere.pth.tar"], "nowhere.pth.tar"),
+    ],
+)
+def test_resume_refuses_another_run(trained, tmp_path, fails, change, words):
+    before = (tmp_path / "run" / "checkpoint.pth.tar").read_bytes()
+    options = [*trained, *change]
+    if "--resume" in change:
+        options += ["--save_dir", str(tmp_path / "other")]
+    status, line = fails(*options)
+    assert status == 1 and words in line
+    assert (tmp_path / "run" / "checkpoint.pth.tar").read_bytes() == before
+
+
+def test_resume_refuses_another_number_of_classes(trained, tmp_path, fails):
+    checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
+    options = ["-d", "digits", "-a", "resnet", "--depth", "8", "--resume", checkpoint, "--save_dir", tmp_path / "other"]
+    status, line = fails(*options)
+    assert status == 1 and "num_classes 3 (now 10)" in line or "dataset" in line
+    status, line = fails("-d", "digits", "-a", "resnet", "--depth", "8", "--evaluate", "--resume", checkpoint)
+    assert status == 1 and "fc.weight (3, 64) instead of (10, 64)" in line
+
+
+def test_resume_needs_more_than_weights(tiny, tmp_path, fails):
+    train(*tiny, "--epochs", "1")
+    final = tmp_path / "run" / "final.pth.tar"
+    status, line = fails(*tiny, "--resume", final)
+    assert status == 1 and "optimizer" in line and "checkpoint.pth.tar" in line
+    state = load_checkpoint(final)
+    released = {key: state[key] for key in ("epoch", "state_dict", "acc", "best_acc")}
+    save_checkpoint(tmp_path / "released.pth.tar", released)
+    assert train(*tiny, "--evaluate", "--resume", tmp_path / "released.pth.tar")["top1"] == released["acc"]
+
+
+def test_resume_of_a_truncated_file(trained, tmp_path, fails):
+    checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    status, line = fails(*trained)
+    assert status == 1 and "truncated" in line
+
+
+@pytest.mark.parametrize("where", ["/proc/run", "a_file/run"])
+def test_a_folder_that_cannot_be_written(tiny, tmp_path, fails, monkeypatch, where):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("")
+    status, line = fails(*tiny, "--save_dir", where)
+    assert status == 1 and where in line and "choose another folder" in line
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [(["--lr", "1e30"], "the cross-entropy did it"), (["--halo", "--lambda_init", "1e-20"], "the penalty did it")],
+)
+def test_a_diverging_run_says_where_and_keeps_the_last_good_checkpoint(tiny, tmp_path, fails, options, words):
+    status, line = fails(*tiny, *options)
+    assert status == 1 and "epoch 1, batch " in line and words in line
+    assert ("smallest |lam| 1e-20" in line) == ("--halo" in options)
+    assert str(tmp_path / "run" / "checkpoint.pth.tar") in line
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["epoch"] == 0
+
+
+def test_a_disk_that_fills_keeps_the_last_checkpoint(tiny, tmp_path):
+    import resource
+
+    train(*tiny, *HALO, "--epochs", "1")
+    folder = tmp_path / "run"
+    size = (folder / "checkpoint.pth.tar").stat().st_size
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    process = start(*tiny, *HALO, "--resume", folder / "checkpoint.pth.tar", preexec_fn=limit)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "cannot write" in errors and "Traceback" not in errors
+    assert load_checkpoint(folder / "checkpoint.pth.tar")["epoch"] == 1
+    assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
+
+
+def wait_for(condition, process, *, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
+    # A shell in the background may have had SIGINT ignored; here it arrives.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = start(*tiny, *HALO, "--epochs", "500", preexec_fn=heed)
+    log = tmp_path / "run" / "log.csv"
+    wait_for(lambda: log.exists() and len(rows(log.parent)) >= 1, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
+    assert f"--resume {checkpoint}" in errors
+    finished = load_checkpoint(checkpoint)["epoch"]
+    assert finished >= 1
+    train(*tiny, *HALO, "--epochs", finished + 1, "--resume", checkpoint)
+
+
+def test_kill_nine_at_ten_random_moments_loses_nothing(tiny, tmp_path):
+    """The last resume runs to the end and must equal a run that nobody disturbed."""
+    epochs = 60
+    options = [*tiny, *HALO, "--epochs", epochs]
+    checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
+    moments = random.Random(0)
+    process = start(*options)
+    wait_for(checkpoint.exists, process)
+    seen = [load_checkpoint(checkpoint)["epoch"]]
+    for _ in range(10):
+        time.sleep(moments.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        start_time = checkpoint.stat().st_mtime_ns
+        seen.append(load_checkpoint(checkpoint)["epoch"])
+        process = start(*options, "--resume", checkpoint)
+        wait_for(lambda since=start_time: checkpoint.stat().st_mtime_ns != since, process)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert seen == sorted(seen) and seen[-1] > seen[0]
+    train(*options, "--save_dir", tmp_path / "straight")
+    assert_equal_runs(tmp_path / "run", tmp_path / "straight")

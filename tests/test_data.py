@@ -1,0 +1,213 @@
+"""Loading, augmentation against torchvision, and what is wrong with a folder."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+from torchvision.transforms import functional as reference
+
+from utils.data import PADDING, Dataset, Loader, Split, crop, flip, load_dataset
+
+RANDOM = torch.Generator().manual_seed(0)
+SAMPLES = torch.randint(256, (81, 3, 32, 32), generator=RANDOM, dtype=torch.uint8)
+
+
+def test_crop_equals_torchvision_at_every_offset():
+    top, left = torch.arange(81) // 9, torch.arange(81) % 9
+    ours = crop(SAMPLES, top, left, padding=PADDING)
+    for image, result, y, x in zip(SAMPLES, ours, top.tolist(), left.tolist(), strict=True):
+        assert torch.equal(result, reference.crop(reference.pad(image, [PADDING] * 4), y, x, 32, 32))
+    middle = torch.full((81,), PADDING)
+    assert torch.equal(crop(SAMPLES, middle, middle, padding=PADDING), SAMPLES)
+
+
+def test_flip_equals_torchvision():
+    mirrored = torch.arange(81) % 2 == 0
+    for image, result, mirror in zip(SAMPLES, flip(SAMPLES, mirrored), mirrored.tolist(), strict=True):
+        assert torch.equal(result, reference.hflip(image) if mirror else image)
+
+
+def dataset(count=50, *, flip=True):
+    split = Split(SAMPLES[:count], torch.arange(count))
+    return Dataset(split, split, ("a", "b"), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), flip)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_normalisation_equals_torchvision(memory_format):
+    data = dataset()
+    images, labels = next(iter(Loader(data.test, data, batch_size=50, memory_format=memory_format)))
+    expected = reference.normalize(SAMPLES[:50].float() / 255, data.mean, data.std)
+    torch.testing.assert_close(images, expected, rtol=0, atol=2e-6)
+    assert images.is_contiguous(memory_format=memory_format) and torch.equal(labels, torch.arange(50))
+
+
+def test_an_epoch_shows_every_image_once_in_a_new_order():
+    data = dataset()
+    loader = Loader(data.train, data, batch_size=16, generator=torch.Generator().manual_seed(1))
+    epochs = [torch.cat([labels for _, labels in loader]) for _ in range(2)]
+    assert len(loader) == 4 and not torch.equal(*epochs)
+    assert all(torch.equal(labels.sort().values, torch.arange(50)) for labels in epochs)
+
+
+def test_every_image_is_a_crop_or_flip_of_its_own():
+    data = dataset(10)
+    loader = Loader(data.train, data, batch_size=10, generator=torch.Generator().manual_seed(1))
+    plain = loader.normalize(crop_everywhere(SAMPLES[:10]))
+    seen_offsets = set()
+    for _ in range(20):
+        images, labels = next(iter(loader))
+        for image, label in zip(images, labels, strict=True):
+            matches = [i for i, c in enumerate(plain[label * 162 : (label + 1) * 162]) if torch.equal(c, image)]
+            assert len(matches) == 1
+            seen_offsets.add(matches[0])
+    assert len(seen_offsets) > 100  # of 162: all offsets and both sides are drawn
+
+
+def crop_everywhere(images):
+    """Return the 2 * 81 crops and flips of each image, (n * 162, 3, 32, 32)."""
+    grid = torch.arange(81)
+    crops = [crop(image.expand(81, -1, -1, -1), grid // 9, grid % 9, padding=PADDING) for image in images]
+    return torch.cat([torch.cat([c, c.flip(3)]) for c in crops])
+
+
+def test_same_generator_same_batches_and_its_state_continues():
+    data = dataset()
+    first = Loader(data.train, data, batch_size=16, generator=torch.Generator().manual_seed(3))
+    list(first)
+    state = first.generator.get_state()
+    expected = list(first)
+    again = torch.Generator()
+    again.set_state(state)
+    for (x, y), (u, v) in zip(Loader(data.train, data, batch_size=16, generator=again), expected, strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
+
+
+def test_without_flip_nothing_is_mirrored():
+    data = dataset(10, flip=False)
+    loader = Loader(data.train, data, batch_size=10, generator=torch.Generator().manual_seed(1))
+    plain = loader.normalize(crop_everywhere(SAMPLES[:10]))
+    for _ in range(5):
+        images, labels = next(iter(loader))
+        for image, label in zip(images, labels, strict=True):
+            unflipped = plain[label * 162 : label * 162 + 81]
+            assert any(torch.equal(c, image) for c in unflipped)
+
+
+def test_digits():
+    data = load_dataset("digits", "nowhere")
+    assert data.train.images.shape == (1437, 3, 32, 32) and data.test.images.shape == (360, 3, 32, 32)
+    assert data.train.images.dtype == torch.uint8 and data.train.images.max() == 255
+    assert not data.flip
+    counts = data.test.labels.bincount()
+    assert len(counts) == 10 and counts.min() >= 34 and counts.max() <= 37
+    pixels = data.train.images.float() / 255
+    assert pixels.mean().item() == pytest.approx(data.mean[0], abs=1e-3)
+    assert pixels.std().item() == pytest.approx(data.std[0], abs=1e-3)
+
+
+def test_val_split_is_disjoint_and_the_same_each_time(images):
+    whole, data, again = (load_dataset("folder", images, val_split=n) for n in (0, 10, 10))
+    assert (len(data.train.labels), len(data.val.labels), len(data.test.labels)) == (26, 10, 18)
+    assert torch.equal(data.val.images, again.val.images)
+    pixels = torch.cat([data.train.images, data.val.images]).flatten(1).double().sum(1).sort().values
+    assert torch.equal(pixels, whole.train.images.flatten(1).double().sum(1).sort().values)
+    with pytest.raises(ValueError, match="36"):
+        load_dataset("folder", images, val_split=36)
+
+
+def test_folder_labels_and_resizing(tmp_path):
+    write_images(tmp_path, classes=2, train=2, test=1)
+    Image.fromarray(np.full((50, 40), 200, np.uint8)).save(tmp_path / "train" / "class1" / "grey.png")
+    (tmp_path / "train" / "class1" / ".DS_Store").write_text("not an image, and hidden")
+    data = load_dataset("folder", tmp_path)
+    assert data.classes == ("class0", "class1") and data.train.labels.tolist() == [0, 0, 1, 1, 1]
+    assert (data.train.images[4] == 200).all()
+
+
+def test_cifar_from_class_folders(tmp_path):
+    write_images(tmp_path / "cifar10", classes=10, train=2, test=1)
+    data = load_dataset("cifar10", tmp_path)
+    assert data.train.images.shape == (20, 3, 32, 32) and data.train.labels.tolist() == sorted([*range(10)] * 2)
+    assert data.flip and data.std == (0.2023, 0.1994, 0.2010)
+
+
+def test_cifar_from_torchvisions_files(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    class Official:
+        base_folder = "cifar-10-batches-py"
+        classes = ["x"] * 10
+
+        def __init__(self, root, train, download):
+            self.data = np.full((3, 32, 32, 3), 1 if train else 2, np.uint8)
+            self.data[0, 5, 6] = (7, 8, 9)
+            self.targets = [3, 1, 2]
+
+    monkeypatch.setattr(datasets, "CIFAR10", Official)
+    (tmp_path / Official.base_folder).mkdir()
+    (tmp_path / "cifar10").mkdir()  # an empty class folder tree does not win over torchvision's files
+    data = load_dataset("cifar10", tmp_path)
+    assert data.train.images[0, :, 5, 6].tolist() == [7, 8, 9] and data.train.labels.tolist() == [3, 1, 2]
+    assert data.test.images[1].unique().tolist() == [2]
+
+
+def test_a_failed_download_says_how_to_place_the_files(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    def refuse(*_, **__):
+        raise OSError("no route to host")
+
+    refuse.base_folder = "cifar-100-python"
+    monkeypatch.setattr(datasets, "CIFAR100", refuse)
+    with pytest.raises(ValueError, match=r"no route to host.*cifar100/\{train,test\}.*by hand"):
+        load_dataset("cifar100", tmp_path)
+
+
+def damage(root, how):
+    train = root / "train"
+    if how == "missing":
+        shutil.rmtree(train)
+    elif how == "empty":
+        shutil.rmtree(train)
+        train.mkdir()
+    elif how == "one class":
+        shutil.rmtree(train / "class1")
+        shutil.rmtree(train / "class2")
+    elif how == "empty class":
+        shutil.rmtree(train / "class1")
+        (train / "class1").mkdir()
+    elif how == "no image":
+        (train / "class1" / "notes.txt").write_text("hello")
+    elif how == "truncated":
+        file = train / "class1" / "000.png"
+        file.write_bytes(file.read_bytes()[:500])
+    elif how == "other classes":
+        (train / "class1").rename(train / "class9")
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("missing", "train"),
+        ("empty", "0 class folders"),
+        ("one class", "1 class folders"),
+        ("empty class", "class1 is empty"),
+        ("no image", "notes.txt"),
+        ("truncated", "000.png"),
+        ("other classes", "class1"),
+    ],
+)
+def test_a_bad_folder_is_named(tmp_path, fails, how, words):
+    write_images(tmp_path / "images")
+    damage(tmp_path / "images", how)
+    status, line = fails("-d", "folder", "--data", tmp_path / "images", "--save_dir", tmp_path / "run")
+    assert status == 1 and words in line and str(tmp_path / "images") in line
+
+
+def test_cifar_with_the_wrong_number_of_classes(tmp_path):
+    write_images(tmp_path / "cifar10", classes=3, train=1, test=1)
+    with pytest.raises(ValueError, match="3 class folders, expected 10"):
+        load_dataset("cifar10", tmp_path)

@@ -1,0 +1,75 @@
+"""Parameter counts and names that checkpoints of the release have."""
+
+import pytest
+import torch
+
+from models import ARCHS, build_model, resolve_depth
+from utils import penalized_parameters, prunable_weights
+
+
+def count(tensors):
+    return sum(t.numel() for t in tensors)
+
+
+@pytest.mark.parametrize(
+    "arch, classes, depth, parameters, convs, conv_weights, entries",
+    [
+        ("resnet", 100, 50, 764_404, 51, 754_096, 308),
+        ("resnet", 10, 50, 758_554, 51, 754_096, 308),
+        ("vgg16_bn", 10, 16, 14_728_266, 13, 14_710_464, 13 * 7 + 2),
+        ("vgg16_bn", 100, None, 14_774_436, 13, 14_710_464, 13 * 7 + 2),
+        ("vgg16", 10, None, 14_719_818, 13, 14_710_464, 13 * 2 + 2),
+    ],
+)
+def test_counts(arch, classes, depth, parameters, convs, conv_weights, entries):
+    model = build_model(arch, classes, depth)
+    weights = prunable_weights(model)
+    assert (count(model.parameters()), len(weights), count(weights.values())) == (parameters, convs, conv_weights)
+    assert len(model.state_dict()) == entries
+
+
+def test_vgg16_penalises_weights_and_biases_of_convolutions():
+    model = build_model("vgg16_bn", 10)
+    penalized, prunable = penalized_parameters(model), prunable_weights(model)
+    assert count(penalized.values()) == 14_710_464 + 4_224
+    assert set(penalized) - set(prunable) == {name.replace("weight", "bias") for name in prunable}
+    assert not any(name.startswith("classifier") for name in penalized)
+    assert "classifier.weight" in prunable_weights(model, linear=True)
+
+
+def test_resnet_names():
+    names = set(build_model("resnet", 10, 20).state_dict())
+    expected = {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight"}
+    assert expected | {"layer3.0.downsample.1.weight", "layer3.2.bn2.bias", "fc.weight", "fc.bias"} <= names
+    assert "layer1.0.downsample.0.weight" not in names
+
+
+def test_vgg_names():
+    names = set(build_model("vgg16_bn", 10).state_dict())
+    assert {"features.0.weight", "features.0.bias", "features.1.running_var", "classifier.weight"} <= names
+
+
+@pytest.mark.parametrize("arch", [name for name in ARCHS if "vgg" in name] + ["resnet-14", "resnet-56"])
+def test_forward_and_layer_count(arch):
+    name, _, depth = arch.partition("-")
+    model = build_model(name, 7, int(depth) if depth else None).eval()
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    if "vgg" in arch:  # the classifier is one layer here, three in the original
+        assert len(prunable_weights(model)) == int(name.removesuffix("_bn")[3:]) - 3
+        assert any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == name.endswith("_bn")
+
+
+WRONG = [("vgg16_bn", 50), ("resnet", 9), ("resnet", 2), ("resnet", 62), ("lenet9", None)]
+
+
+@pytest.mark.parametrize("arch, depth", WRONG)
+def test_contradicting_depth_is_an_error(arch, depth):
+    with pytest.raises(ValueError, match=str(depth or arch)):
+        resolve_depth(arch, depth)
+    with pytest.raises(ValueError):
+        build_model(arch, 10, depth)
+
+
+def test_a_network_without_convolutions_says_what_to_do():
+    with pytest.raises(ValueError, match="linear=True"):
+        penalized_parameters(torch.nn.Linear(2, 2))

@@ -1,0 +1,89 @@
+"""The command line: defaults, rules between options, and that none is decoration."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import cifar
+from models import resolve_depth
+from utils import options
+
+SCRIPTS = {"cifar.py": cifar}
+
+
+def resolved(line: str):
+    args = cifar.get_parser().parse_args(shlex.split(line))
+    options.resolve(args, depth_of=resolve_depth)
+    return vars(args)
+
+
+def test_plain_halo_is_the_command_of_the_release():
+    line = "-d cifar10 -a vgg16_bn --depth 16 --wd 1e-4 --halo --psi 1e-8 --xi 1e-8 --save_dir "
+    assert resolved("--halo") == resolved(line + "runs/cifar10_vgg16_bn_halo_seed1")
+
+
+def test_defaults_of_the_release():
+    args = resolved("--halo")
+    expected = {"epochs": 160, "train_batch": 64, "lr": 0.1, "momentum": 0.9, "schedule": [80, 120], "gamma": 0.1}
+    expected |= {"lambda_init": 1.0, "seed": 1, "reg_lr": 0.1, "reg_wd": 1e-4, "wd": 1e-4, "released_lr": False}
+    assert {key: args[key] for key in expected} == expected
+
+
+def test_lam_follows_the_weights_unless_told():
+    assert (resolved("--ws --lr 0.2 --wd 3e-4")["reg_lr"], resolved("--ws --wd 3e-4")["reg_wd"]) == (0.2, 3e-4)
+    args = resolved("--halo --reg_lr 0 --reg_wd 0")
+    assert (args["reg_lr"], args["reg_wd"], args["lr"]) == (0, 0, 0.1)
+
+
+@pytest.mark.parametrize("name", ["none", "halo", "l1", "ws", "mcp"])
+def test_flags_choose_penalty_and_folder(name):
+    flag = "" if name == "none" else f"--{name}"
+    args = resolved(f"-d digits -a resnet --depth 20 --seed 4 {flag}")
+    assert (args["penalty"], args["save_dir"]) == (name, f"runs/digits_resnet_{name}_seed4")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_option_is_read(script):
+    sources = [ROOT / script, *(ROOT / "utils").glob("*.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    names = {action.dest for action in SCRIPTS[script].get_parser()._actions} - {"help"}
+    reads_coefficients = 'for name in ("xi", "psi", "lambda_init")' in text
+    assert reads_coefficients and len(names) > 20
+    assert [name for name in sorted(names) if not re.search(rf"\bargs\.{name}\b", text)] == []
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("-a vgg12", "vgg12"),
+        ("-d imagenet", "imagenet"),
+        ("-a vgg16_bn --depth 19", "--depth 19"),
+        ("-a resnet --depth 21", "21"),
+        ("--halo --l1", "--halo"),
+        ("--halo --xi -1", "-1"),
+        ("--halo --xi nan", "nan"),
+        ("--halo --psi -1e-8", "-1e-8"),
+        ("--lr -0.1", "-0.1"),
+        ("--lr fast", "fast"),
+        ("--epochs -3", "-3"),
+        ("--epochs 0", "0"),
+        ("--epochs 2.5", "2.5"),
+        ("--halo --lambda_init 0", "lambda_init"),
+        ("--xi 1e-4", "--xi"),
+        ("--l1 --psi 1", "--psi"),
+        ("--mcp --lambda_init 2", "--lambda_init"),
+        ("--mcp --psi 0", "--psi 0"),
+        ("--l1 --reg_lr 0.1", "--reg_lr"),
+        ("--reg_wd 0", "--reg_wd"),
+        ("--released_lr", "--released_lr"),
+        ("--evaluate", "--resume"),
+        ("--epoch 3", "--epoch"),
+        ("--device tpu", "tpu"),
+    ],
+)
+def test_wrong_options_are_one_line_and_status_2(fails, tmp_path, line, words):
+    status, message = fails(*shlex.split(line), "--save_dir", tmp_path / "run")
+    assert status == 2 and words in message
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,46 @@
+"""The numbers of log.csv, against scipy and by hand."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from utils import HALO, L1, MCP, SWS
+from utils.statistics import near_zero, penalty_statistics, quantiles, rank_correlation
+
+
+def test_rank_correlation_equals_scipy_with_ties():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(20, (500,), generator=generator).float()
+    y = x + torch.randint(30, (500,), generator=generator)
+    assert rank_correlation(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-9)
+    assert np.isnan(rank_correlation(torch.ones(5), torch.arange(5.0)))
+
+
+def test_quantiles_are_elements():
+    values = torch.randperm(101, generator=torch.Generator().manual_seed(0)).float()
+    assert quantiles(values) == [0, 5, 50, 95, 100]
+    assert quantiles(torch.tensor([3.0])) == [3.0] * 5
+
+
+def test_near_zero_counts_signs_and_borders():
+    fractions = near_zero({"a": torch.tensor([0.0, -1e-3, 5e-3]), "b": torch.tensor([1.0])})
+    assert fractions == {"fraction_1e-5": 0.25, "fraction_1e-4": 0.25, "fraction_1e-3": 0.5, "fraction_1e-2": 0.75}
+
+
+def test_strengths_run_against_lam():
+    w = {"w": torch.linspace(0.1, 1, 101)}
+    penalty = HALO(w, xi=0.5, psi=1)
+    penalty.lambdas["w"].data.copy_(-torch.linspace(1, 2, 101))
+    row = penalty_statistics(penalty)
+    assert (row["lambda_q0"], row["lambda_q100"], row["lambda_q50"]) == (1.0, 2.0, 1.5)
+    assert (row["strength_q0"], row["strength_q100"]) == (0.125, 0.5)
+    assert row["rank_correlation"] == pytest.approx(1.0)
+
+
+def test_penalties_without_a_lam_per_weight():
+    w = {"w": torch.ones(4)}
+    assert penalty_statistics(L1(w, xi=0.5, lambda_init=2))["strength_q50"] == 0.125
+    assert penalty_statistics(MCP(w, xi=0.5, psi=2))["lambda_q50"] == ""
+    sws = penalty_statistics(SWS(w, xi=0.5, psi=1, lambda_init=2))
+    assert (sws["lambda_q0"], sws["strength_q95"], sws["rank_correlation"]) == (2.0, 0.125, "")

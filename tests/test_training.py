@@ -1,0 +1,120 @@
+"""The loop: what it measures, what it changes, and how it fails."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import HALO, L1, make_penalty, penalized_parameters
+from utils.experiment import milestones
+from utils.training import NonFiniteLossError, evaluate, train_one_epoch
+
+CPU = torch.device("cpu")
+
+
+def toy(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 7))
+    batches = [(torch.randn(n, 3, 8, 8), torch.randint(7, (n,))) for n in (6, 6, 3)]
+    return model, batches
+
+
+def sgd(tensors, lr):
+    return torch.optim.SGD(tensors, lr=lr, momentum=0.9)
+
+
+def test_evaluate_is_exact_over_uneven_batches():
+    model, batches = toy()
+    result = evaluate(model, batches, device=CPU)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    logits = model(images)
+    order = logits.argsort(1, descending=True)
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-6)
+    assert result["top1"] == pytest.approx(100 * (order[:, 0] == labels).float().mean().item(), abs=1e-4)
+    hits = (order[:, :5] == labels[:, None]).any(1)
+    assert result["top5"] == pytest.approx(100 * hits.float().mean().item(), abs=1e-4)
+
+
+def test_two_classes_have_a_top5():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    batches = [(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 0, 1]))]
+    assert evaluate(model, batches, device=CPU)["top5"] == 100
+
+
+def test_zero_learning_rate_changes_nothing():
+    model, batches = toy()
+    before = [p.clone() for p in model.parameters()]
+    penalty = HALO(penalized_parameters(model), xi=1, psi=1)
+    train_one_epoch(model, batches, penalty, [sgd(model.parameters(), 0), sgd(penalty.parameters(), 0)], device=CPU)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert all((lam == 1).all() for lam in penalty.parameters())
+
+
+@pytest.mark.parametrize("name", ["none", "halo", "l1", "ws", "mcp"])
+def test_an_epoch_equals_autograd_of_the_whole_objective(name):
+    coefficients = {"none": {}, "l1": {"xi": 0.01}, "mcp": {"xi": 0.01, "psi": 9}}.get(name, {"xi": 0.01, "psi": 0.01})
+    (model, batches), (plain, _) = toy(), toy()
+    penalty = make_penalty(name, penalized_parameters(model), **coefficients)
+    oracle = make_penalty(name, penalized_parameters(plain), **coefficients)
+    optimizers = [sgd(m.parameters(), 0.05) for m in (model, penalty, plain, oracle) if list(m.parameters())]
+    half = len(optimizers) // 2
+    result = train_one_epoch(model, batches, penalty, optimizers[:half], device=CPU)
+    losses = []
+    for images, labels in batches:
+        loss = F.cross_entropy(plain(images), labels)
+        (loss + oracle()).backward()
+        losses += [loss.item()] * len(labels)
+        for optimizer in optimizers[half:]:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert result["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+    ours, theirs = ([*m.parameters(), *p.parameters()] for m, p in ((model, penalty), (plain, oracle)))
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    if name != "none":
+        start, _ = toy()
+        reference = make_penalty("none", penalized_parameters(start))
+        train_one_epoch(start, batches, reference, [sgd(start.parameters(), 0.05)], device=CPU)
+        assert not torch.allclose(start[0].weight, model[0].weight, atol=1e-5)  # the penalty had a part in it
+
+
+def test_a_diverging_cross_entropy_is_blamed():
+    model, batches = toy()
+    batches[1] = (batches[1][0] * float("inf"), batches[1][1])
+    penalty = HALO(penalized_parameters(model), xi=1e-4, psi=1e-4)
+    optimizers = [sgd(model.parameters(), 0.1), sgd(penalty.parameters(), 0.1)]
+    with pytest.raises(NonFiniteLossError, match=r"batch 2: .* nan; the cross-entropy did it.*smallest \|lam\| 1"):
+        train_one_epoch(model, batches, penalty, optimizers, device=CPU)
+
+
+@pytest.mark.parametrize("make", [lambda p: HALO(p, xi=1e-8, psi=0, lambda_init=1e-20), lambda p: L1(p, xi=1e38)])
+def test_a_diverging_penalty_is_blamed(make):
+    model, batches = toy()
+    penalty = make(penalized_parameters(model))
+    optimizers = [sgd(model.parameters(), 10.0)] + [sgd(lam, 0.1) for lam in [list(penalty.parameters())] if lam]
+    with pytest.raises(NonFiniteLossError, match="batch [23]: .*the penalty did it"):
+        train_one_epoch(model, batches, penalty, optimizers, device=CPU)
+
+
+def rates(schedule, *, released):
+    """Return the learning rates of weights and lam over epochs 1..160, without repetitions."""
+    result = []
+    for points in milestones(schedule, released=released):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, points, gamma=0.1)
+        seen = []
+        for _ in range(160):
+            seen.append(round(scheduler.get_last_lr()[0], 12))
+            optimizer.step()
+            scheduler.step()
+        result.append(list(dict.fromkeys(seen)))
+        assert seen.index(seen[80]) == 80 and seen.index(seen[120]) == 120
+    return result
+
+
+def test_learning_rates_decay_once_a_milestone():
+    assert rates([80, 120], released=False) == [[0.1, 0.01, 0.001]] * 2
+
+
+def test_released_learning_rates_decay_twice():
+    assert rates([120, 80], released=True) == [[0.1, 0.01, 1e-4], [0.1, 1e-3, 1e-5]]
