@@ -64,4 +64,5 @@ def fails(monkeypatch, capsys):
 def start(*options: str, **popen) -> subprocess.Popen:
     """Start cifar.py as a process of its own."""
     command = [sys.executable, str(ROOT / "cifar.py"), *(str(option) for option in options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, **(pipes | popen))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 import signal
 import time
@@ -257,6 +258,18 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
     finished = load_checkpoint(checkpoint)["epoch"]
     assert finished >= 1
     train(*tiny, *HALO, "--epochs", finished + 1, "--resume", checkpoint)
+
+
+def test_a_terminal_sees_a_bar_and_a_pipe_does_not(tiny, tmp_path):
+    import pty
+
+    terminal, inside = pty.openpty()
+    process = start(*tiny, "--epochs", "1", "--train_batch", "2", stderr=inside)
+    output, _ = process.communicate(timeout=60)
+    os.close(inside)
+    shown = os.read(terminal, 100_000).decode()
+    assert process.returncode == 0 and "epoch 1/1 |" in shown and "ETA" in shown and "loss" in shown
+    assert "ETA" not in output and output.startswith("epoch 1/1  lr 0.1  train loss")
 
 
 def test_kill_nine_at_ten_random_moments_loses_nothing(tiny, tmp_path):

@@ -185,7 +185,7 @@ class Experiment:
         bar = BatchBar(f"epoch {self.epoch + 1}/{self.args.epochs}", len(self.train_loader))
 
         def show(done: int, metrics) -> None:
-            if bar.bar and metrics.count and done % 5 == 0:
+            if bar.shown and metrics.count and done % 5 == 0:
                 so_far = metrics.means()
                 bar.update(done, f"loss {so_far['loss']:.3f}  top-1 {so_far['top1']:.1f}%")
 

@@ -37,22 +37,21 @@ class BatchBar:
     """
 
     def __init__(self, title: str, batches: int) -> None:
+        self.shown = sys.stderr.isatty()
         suffix = "%(index)d/%(max)d  ETA %(eta_td)s  %(numbers)s"
-        self.bar = Bar(title, max=batches, suffix=suffix, file=sys.stderr) if sys.stderr.isatty() else None
-        if self.bar:
-            self.bar.numbers = ""
+        # The cursor stays: a killed process could not bring it back.
+        self.bar = Bar(title, max=batches, suffix=suffix, file=sys.stderr, hide_cursor=False, numbers="")
 
     def update(self, done: int, numbers: str) -> None:
-        """Show the number of batches done and a text such as "loss 1.2  top-1 55.0"."""
-        if self.bar:
-            self.bar.numbers = numbers
-            self.bar.goto(done)
+        """Show the number of batches done and a text such as "loss 1.2  top-1 55.0%"."""
+        self.bar.numbers = numbers
+        self.bar.goto(done)
 
     def close(self) -> None:
-        """End the line."""
-        if self.bar:
-            self.bar.clearln()
-            self.bar.finish()
+        """Clear the line."""
+        if self.shown:
+            self.bar.writeln("")
+            sys.stderr.write("\r")
 
 
 def say(text: str) -> None:
