@@ -58,18 +58,13 @@ class Bottleneck(nn.Module):
         return F.relu(out + shortcut, inplace=True)
 
 
-def blocks_per_stage(depth: int) -> int:
-    """Return n, the blocks in each of the three stages: depth = 6n + 2, or 9n + 2 with Bottleneck blocks.
+def blocks_per_stage(depth: int) -> int | None:
+    """Return n, the blocks in each of the three stages, None where there is no such network.
 
-    Raises:
-        ValueError: no n >= 1 gives this depth.
+    The depth is 6n + 2, or from BOTTLENECK_FROM_DEPTH on 9n + 2 with Bottleneck blocks.
     """
-    layers = 9 if depth >= BOTTLENECK_FROM_DEPTH else 6
-    n, rest = divmod(depth - 2, layers)
-    if rest or n < 1:
-        choices = "8, 14, 20, 26, 32, 38, 44, 50 (6n+2) or 56, 65, 74, ..., 110, ... (9n+2)"
-        raise ValueError(f"no ResNet has --depth {depth}: choose from {choices}")
-    return n
+    n, rest = divmod(depth - 2, 9 if depth >= BOTTLENECK_FROM_DEPTH else 6)
+    return n if n >= 1 and rest == 0 else None
 
 
 class ResNet(nn.Module):
@@ -86,6 +81,8 @@ class ResNet(nn.Module):
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
         n = blocks_per_stage(depth)
+        if n is None:
+            raise ValueError(f"no ResNet has depth {depth}: it is 6n + 2, or 9n + 2 from {BOTTLENECK_FROM_DEPTH} on")
         block = Bottleneck if depth >= BOTTLENECK_FROM_DEPTH else BasicBlock
         self.channels = 16
         self.conv1 = conv3x3(3, 16)

@@ -118,7 +118,9 @@ def test_what_is_no_checkpoint(tmp_path, write, words):
 
 
 def test_another_network_is_described(tmp_path):
-    with pytest.raises(CheckpointError, match=r"fc.weight \(100, 64\) instead of \(10, 64\).*--arch"):
+    with pytest.raises(
+        CheckpointError, match=r"fc.weight \(100, 64\) instead of \(10, 64\).*fits -a resnet --depth 8 with 100"
+    ):
         load_weights(build_model("resnet", 10, 8), build_model("resnet", 100, 8).state_dict(), path="x")
     with pytest.raises(CheckpointError, match="absent"):
         load_weights(build_model("vgg11", 10), build_model("vgg11_bn", 10).state_dict(), path="x")

@@ -9,7 +9,9 @@ from conftest import write_images
 from PIL import Image
 from torchvision.transforms import functional as reference
 
-from utils.data import PADDING, Dataset, Loader, Split, crop, flip, load_dataset
+from utils.data import Dataset, Loader, Split, crop, flip, load_dataset
+
+PADDING = 4
 
 RANDOM = torch.Generator().manual_seed(0)
 SAMPLES = torch.randint(256, (81, 3, 32, 32), generator=RANDOM, dtype=torch.uint8)
@@ -32,7 +34,8 @@ def test_flip_equals_torchvision():
 
 def dataset(count=50, *, flip=True):
     split = Split(SAMPLES[:count], torch.arange(count))
-    return Dataset(split, split, ("a", "b"), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), flip)
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    return Dataset(split, split, ("a", "b"), mean, std, PADDING, flip)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -106,6 +109,31 @@ def test_digits():
     pixels = data.train.images.float() / 255
     assert pixels.mean().item() == pytest.approx(data.mean[0], abs=1e-3)
     assert pixels.std().item() == pytest.approx(data.std[0], abs=1e-3)
+
+
+def test_grey_digits_and_mnist_are_plain_pixels(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    class Official:
+        def __init__(self, root, train, download):
+            self.data = torch.full((4, 28, 28), 255 if train else 51, dtype=torch.uint8)
+            self.targets = torch.tensor([3, 1, 4, 1])
+
+    monkeypatch.setattr(datasets, "MNIST", Official)
+    mnist = load_dataset("mnist", tmp_path, shape=(1, 28, 28))
+    images, labels = next(iter(Loader(mnist.train, mnist, batch_size=4, generator=torch.Generator())))
+    assert images.shape == (4, 1, 28, 28) and (images == 1).all() and labels.sort().values.tolist() == [1, 1, 3, 4]
+    assert next(iter(Loader(mnist.test, mnist, batch_size=4)))[0].unique().tolist() == [pytest.approx(0.2)]
+    digits = load_dataset("digits", tmp_path, shape=(1, 28, 28))
+    loader = Loader(digits.train, digits, batch_size=1437, generator=torch.Generator())
+    images, labels = next(iter(loader))
+    order = torch.randperm(1437, generator=torch.Generator())
+    assert torch.equal((images * 255).round(), digits.train.images[order].float())  # shuffled, not augmented
+
+
+def test_a_network_that_takes_other_images_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="cifar10 has no 1x28x28 images.*use digits, mnist"):
+        load_dataset("cifar10", tmp_path, shape=(1, 28, 28))
 
 
 def test_val_split_is_disjoint_and_the_same_each_time(images):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models import ARCHS, build_model, resolve_depth
+from models import CIFAR_ARCHS, MNIST_ARCHS, build_model, guess_arch, resolve_depth
 from utils import penalized_parameters, prunable_weights
 
 
@@ -49,7 +49,7 @@ def test_vgg_names():
     assert {"features.0.weight", "features.0.bias", "features.1.running_var", "classifier.weight"} <= names
 
 
-@pytest.mark.parametrize("arch", [name for name in ARCHS if "vgg" in name] + ["resnet-14", "resnet-56"])
+@pytest.mark.parametrize("arch", [name for name in CIFAR_ARCHS if "vgg" in name] + ["resnet-14", "resnet-56"])
 def test_forward_and_layer_count(arch):
     name, _, depth = arch.partition("-")
     model = build_model(name, 7, int(depth) if depth else None).eval()
@@ -68,6 +68,27 @@ def test_contradicting_depth_is_an_error(arch, depth):
         resolve_depth(arch, depth)
     with pytest.raises(ValueError):
         build_model(arch, 10, depth)
+
+
+@pytest.mark.parametrize(
+    "arch, parameters, prunable", [("lenet_300_100", 266_610, 266_200), ("lenet_5", 61_706, 61_470)]
+)
+def test_lenets(arch, parameters, prunable):
+    model = build_model(arch, 10)
+    assert count(model.parameters()) == count(penalized_parameters(model, linear=True).values()) == parameters
+    assert count(prunable_weights(model, linear=True).values()) == prunable
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert type(build_model("LeNet31", 10)) is type(build_model("lenet_300_100", 10))
+
+
+@pytest.mark.parametrize(
+    "arch, depth",
+    [("resnet", 20), ("resnet", 56), ("vgg13", 13), ("vgg19_bn", 19), *((a, None) for a in MNIST_ARCHS[::2])],
+)
+def test_an_arch_is_recognised_by_its_weights(arch, depth):
+    guess = guess_arch(build_model(arch, 17, depth).state_dict())
+    assert guess == f"-a {arch}" + (f" --depth {depth}" if depth else "") + " with 17 classes"
+    assert guess_arch({"w": torch.zeros(3, 4)}) is None
 
 
 def test_a_network_without_convolutions_says_what_to_do():

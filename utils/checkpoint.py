@@ -13,6 +13,8 @@ from typing import IO
 import torch
 from torch import Tensor, nn
 
+from models import guess_arch
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says why and what to do."""
@@ -121,8 +123,9 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, path: st
     names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
     if names:
         shown = [f"{n} {found.get(n, 'absent')} instead of {wanted.get(n, 'absent')}" for n in names[:3]]
+        guess = guess_arch(state_dict)
+        remedy = f"it fits {guess}" if guess else "no arch here fits it, check --arch, --depth and --dataset"
         raise CheckpointError(
-            f"{path} is of another network ({len(names)} entries differ): {'; '.join(shown)}: "
-            f"check --arch, --depth and --dataset"
+            f"{path} is of another network ({len(names)} entries differ): {'; '.join(shown)}: {remedy}"
         )
     model.load_state_dict(state_dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIZE = 32  # images are SIZE x SIZE
-PADDING = 4  # of the random crop
+RGB, GREY = (3, 32, 32), (1, 28, 28)  # the shapes of images, and so of what a network takes
 SPLIT_SEED = 0  # the held-out images are the same whatever --seed says
 
 
 class Split(NamedTuple):
-    """Images (N, 3, 32, 32), uint8, and labels (N,), int64."""
+    """Images (N, *shape), uint8, and labels (N,), int64."""
 
     images: Tensor
     labels: Tensor
@@ -37,7 +37,8 @@ class Dataset:
         val: the held-out training images; None unless asked for.
         classes: names in the order of the labels.
         mean, std: of the training pixels in [0, 1], per channel.
-        flip: whether the mirror image of an image is still of its class.
+        padding: of the random crop, in pixels; 0 for none.
+        flip: whether to mirror half of the images: their mirror image must still be of their class.
     """
 
     train: Split
@@ -45,16 +46,19 @@ class Dataset:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    padding: int
     flip: bool
     val: Split | None = None
 
 
 class Source(NamedTuple):
-    """How to load one data set, and its normalisation."""
+    """How to load one data set in one shape, normalise and augment it; see Dataset."""
 
     load: Callable[[Path], tuple[Split, Split, tuple[str, ...]]]
+    shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    padding: int
     flip: bool
 
 
@@ -69,8 +73,8 @@ def read_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
-            if image.size != (SIZE, SIZE):
-                image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+            if image.size != RGB[1:]:
+                image = image.resize(RGB[1:], Image.Resampling.BILINEAR)
             return np.asarray(image)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} is no readable image: remove or replace the file") from error
@@ -145,8 +149,23 @@ def load_cifar(root: Path, *, num_classes: int) -> tuple[Split, Split, tuple[str
     return _cifar_split(splits[0]), _cifar_split(splits[1]), tuple(splits[0].classes)
 
 
-def load_digits(root: Path) -> tuple[Split, Split, tuple[str, ...]]:
-    """Load the 1,797 handwritten digits (8x8, 17 grey levels) that scikit-learn bundles, upscaled to 32x32 RGB.
+def load_mnist(root: Path) -> tuple[Split, Split, tuple[str, ...]]:
+    """Load torchvision's MNIST files, downloaded when absent."""
+    from torchvision import datasets
+
+    try:
+        splits = [datasets.MNIST(str(root), train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"cannot download MNIST to {root} ({error}): place the four *-ubyte files in {root / 'MNIST' / 'raw'} "
+            "by hand, or name another --data"
+        ) from error
+    train, test = (Split(split.data[:, None].contiguous(), split.targets) for split in splits)
+    return train, test, tuple(str(digit) for digit in range(10))
+
+
+def load_digits(root: Path, *, shape: tuple[int, int, int]) -> tuple[Split, Split, tuple[str, ...]]:
+    """Load the 1,797 handwritten digits (8x8, 17 grey levels) that scikit-learn bundles, upscaled to a shape.
 
     Every fifth image in order of class is a test image: 360, stratified, always the same. `root` is not read.
     """
@@ -157,43 +176,66 @@ def load_digits(root: Path) -> tuple[Split, Split, tuple[str, ...]]:
     digits = datasets.load_digits()
     order = torch.from_numpy(digits.target).long().argsort(stable=True)
     images = torch.from_numpy(digits.images).float()[order, None]
-    images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
-    images = images.mul(255 / 16).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    images = F.interpolate(images, size=shape[1:], mode="bilinear", align_corners=False)
+    images = images.mul(255 / 16).round().to(torch.uint8).expand(-1, shape[0], -1, -1).contiguous()
     labels = torch.from_numpy(digits.target).long()[order]
     test = torch.arange(len(labels)) % 5 == 0
     classes = tuple(str(digit) for digit in range(10))
     return Split(images[~test], labels[~test]), Split(images[test], labels[test]), classes
 
 
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the release's, for both CIFARs
+CIFAR = {  # normalisation of the release, for both CIFARs, and its augmentation
+    "shape": RGB,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2023, 0.1994, 0.2010),
+    "padding": 4,
+    "flip": True,
+}
+PLAIN = {"shape": GREY, "mean": (0.0,), "std": (1.0,), "padding": 0, "flip": False}  # pixels in [0, 1] as they are
 
-DATASETS: dict[str, Source] = {
-    "cifar10": Source(lambda root: load_cifar(root, num_classes=10), CIFAR_MEAN, CIFAR_STD, True),
-    "cifar100": Source(lambda root: load_cifar(root, num_classes=100), CIFAR_MEAN, CIFAR_STD, True),
-    "digits": Source(load_digits, (0.3057,) * 3, (0.3238,) * 3, False),
-    "folder": Source(load_folder, CIFAR_MEAN, CIFAR_STD, True),
+# A data set stands here once for each shape that it can be had in.
+DATASETS: dict[str, tuple[Source, ...]] = {
+    "cifar10": (Source(partial(load_cifar, num_classes=10), **CIFAR),),
+    "cifar100": (Source(partial(load_cifar, num_classes=100), **CIFAR),),
+    "digits": (
+        Source(partial(load_digits, shape=RGB), RGB, mean=(0.3057,) * 3, std=(0.3238,) * 3, padding=4, flip=False),
+        Source(partial(load_digits, shape=GREY), **PLAIN),
+    ),
+    "folder": (Source(load_folder, **CIFAR),),
+    "mnist": (Source(load_mnist, **PLAIN),),
 }
 
 
-def load_dataset(name: str, root: str | Path, *, val_split: int = 0) -> Dataset:
+def datasets_of(shape: tuple[int, int, int]) -> list[str]:
+    """Return the names of the data sets that can be had in a shape."""
+    return [name for name, sources in DATASETS.items() if any(source.shape == shape for source in sources)]
+
+
+def load_dataset(name: str, root: str | Path, *, shape: tuple[int, int, int] = RGB, val_split: int = 0) -> Dataset:
     """Load a data set into memory.
 
     Args:
         name: a key of DATASETS.
         root: folder that holds the images (`--data`).
+        shape: of an image, as the network takes it: channels, height, width.
         val_split: number of training images to hold out, chosen at random, the same for every seed.
 
     Returns:
         The images as uint8 and how to augment and normalise them.
 
     Raises:
-        ValueError: unknown name, unusable files, or fewer than val_split + 1 training images.
+        ValueError: unknown name, no images of this shape, unusable files, or fewer than val_split + 1 training images.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
-    source = DATASETS[name]
+    source = next((source for source in DATASETS[name] if source.shape == shape), None)
+    if source is None:
+        size = "x".join(map(str, shape))
+        raise ValueError(
+            f"--dataset {name} has no {size} images, which --arch takes: use {', '.join(datasets_of(shape))}"
+        )
     train, test, classes = source.load(Path(root))
-    dataset = Dataset(train, test, classes, source.mean, source.std, source.flip)
+    dataset = Dataset(train, test, classes, source.mean, source.std, source.padding, source.flip)
     if not val_split:
         return dataset
     if val_split >= len(train.labels):
@@ -237,7 +279,7 @@ class Loader:
 
     Args:
         split: images and labels; they are used where they are.
-        dataset: gives normalisation and whether to flip.
+        dataset: says how to normalise and augment.
         batch_size: images a batch; the last one may be smaller.
         generator: of the host; None for the images in order, as they are.
         memory_format: of the batches.
@@ -252,7 +294,7 @@ class Loader:
         generator: torch.Generator | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        self.split, self.batch_size, self.generator, self.flip = split, batch_size, generator, dataset.flip
+        self.split, self.dataset, self.batch_size, self.generator = split, dataset, batch_size, generator
         self.memory_format = memory_format
         mean, std = (torch.tensor(v, device=split.images.device)[:, None, None] for v in (dataset.mean, dataset.std))
         self.factor, self.offset = 1 / (255 * std), -mean / std
@@ -262,7 +304,7 @@ class Loader:
         return -(-len(self.split.labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images (N, 3, 32, 32), fp32, and labels (N,)."""
+        """Yield images (N, *shape), fp32, and labels (N,)."""
         yield from self._ordered() if self.generator is None else self._augmented()
 
     def _ordered(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -272,12 +314,15 @@ class Loader:
     def _augmented(self) -> Iterator[tuple[Tensor, Tensor]]:
         count, device = len(self.split.labels), self.split.images.device
         order = torch.randperm(count, generator=self.generator)
-        offsets = torch.randint(2 * PADDING + 1, (2, count), generator=self.generator)
+        offsets = torch.randint(2 * self.dataset.padding + 1, (2, count), generator=self.generator)
         mirrored = torch.rand(count, generator=self.generator) < 0.5
         drawn = [t.to(device).split(self.batch_size) for t in (order, offsets[0], offsets[1], mirrored)]
         for index, top, left, mirror in zip(*drawn, strict=True):
-            images = crop(self.split.images[index], top, left, padding=PADDING)
-            images = flip(images, mirror) if self.flip else images
+            images = self.split.images[index]
+            if self.dataset.padding:
+                images = crop(images, top, left, padding=self.dataset.padding)
+            if self.dataset.flip:
+                images = flip(images, mirror)
             yield self.normalize(images), self.split.labels[index]
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -15,12 +15,23 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
+from models import ARCHS, build_model
 from utils import plots
 from utils.checkpoint import CheckpointError, atomic_write, load_checkpoint, load_weights, save_checkpoint
-from utils.data import Dataset, Loader
+from utils.data import Dataset, Loader, load_dataset
 from utils.logger import BatchBar, epoch_line, say, warn, write_csv
-from utils.penalties import Penalty
-from utils.run import Interrupted, interrupt_later, write_json
+from utils.parameters import penalized_parameters
+from utils.penalties import Penalty, make_penalty
+from utils.run import (
+    Interrupted,
+    choose_device,
+    clear_run,
+    describe,
+    interrupt_later,
+    prepare_folder,
+    set_seed,
+    write_json,
+)
 from utils.statistics import flatten, near_zero, penalty_statistics
 from utils.training import NonFiniteLossError, evaluate, train_one_epoch
 
@@ -312,3 +323,35 @@ def evaluate_checkpoint(
     load_weights(model, state["state_dict"], path=path)
     result = evaluate(model, make_loader(data, "test", device, batch_size=batch_size), device=device)
     return result | {"epoch": state.get("epoch")}
+
+
+def train_or_evaluate(args: argparse.Namespace) -> dict:
+    """Do what the options of a training script say: train, resume, or with --evaluate only evaluate.
+
+    Args:
+        args: the options, after `options.resolve`.
+
+    Returns:
+        The content of summary.json; with --evaluate, `loss`, `top1`, `top5` and `epoch`.
+    """
+    device = choose_device(args.device)
+    generator = set_seed(args.seed)
+    folder, arch = Path(args.save_dir), ARCHS[args.arch]
+    if not args.evaluate:
+        prepare_folder(folder, resume=args.resume, overwrite=args.overwrite)
+    data = load_dataset(args.dataset, args.data, shape=arch.shape, val_split=args.val_split)
+    model = build_model(args.arch, len(data.classes), args.depth).to(device, memory_format=memory_format(device))
+    if args.evaluate:
+        result = evaluate_checkpoint(args.resume, model, data, device, batch_size=args.test_batch)
+        say(f"{args.resume}: test loss {result['loss']:.4f}  top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%")
+        return result
+
+    coefficients = {"xi": args.xi, "psi": args.psi, "lambda_init": args.lambda_init}
+    penalty = make_penalty(args.penalty, penalized_parameters(model, linear=arch.linear), **coefficients)
+    experiment = Experiment(args, data, model, penalty, device=device, generator=generator)
+    if args.resume:
+        experiment.load(args.resume)
+    else:
+        clear_run(folder)
+    write_json(folder / "config.json", describe(args, device))
+    return experiment.run()
