@@ -57,6 +57,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8.
+
+    Raises:
+        OSError: the file cannot be written; the previous file is untouched.
+    """
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 def save_checkpoint(path: str | Path, state: dict) -> None:
     """Write a checkpoint atomically.
 

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from models import ARCHS, build_model
 from utils import plots
 from utils.checkpoint import CheckpointError, atomic_write, load_checkpoint, load_weights, save_checkpoint
-from utils.data import Dataset, Loader, load_dataset
+from utils.data import Dataset, Loader, Split, load_dataset
 from utils.logger import BatchBar, epoch_line, say, warn, write_csv
 from utils.parameters import penalized_parameters
 from utils.penalties import Penalty, make_penalty
@@ -296,10 +296,28 @@ class Experiment:
 
 
 def make_loader(
-    data: Dataset, split: str, device: torch.device, *, batch_size: int, generator: torch.Generator | None = None
+    data: Dataset,
+    split: str,
+    device: torch.device,
+    *,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    only: torch.Tensor | None = None,
 ) -> Loader:
-    """Return batches of one split ("train", "val" or "test") on the device, in the network's memory format."""
-    images = getattr(data, split).to(device)
+    """Return batches of one split on the device, in the network's memory format.
+
+    Args:
+        data: the images.
+        split: "train", "val" or "test".
+        device: where the network is.
+        batch_size: images a batch.
+        generator: shuffles and augments; None for the images in order, as they are.
+        only: positions of the images to take; None for all.
+    """
+    images = getattr(data, split)
+    if only is not None:
+        images = Split(images.images[only], images.labels[only])
+    images = images.to(device)
     return Loader(images, data, batch_size=batch_size, generator=generator, memory_format=memory_format(device))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from progress.bar import Bar
 
-from utils.checkpoint import atomic_write
+from utils.checkpoint import write_text
 
 
 def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
@@ -24,8 +24,7 @@ def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+    write_text(path, text.getvalue())
 
 
 class BatchBar:

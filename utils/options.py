@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 # The coefficients that each penalty has, with their defaults. Those of HALO are the release's; MCP with them would
@@ -17,6 +18,7 @@ PENALTIES: dict[str, dict[str, float]] = {
     "ws": {"xi": 1e-8, "psi": 1e-8, "lambda_init": 1.0},
     "mcp": {"xi": 1e-4, "psi": 1e3},
 }
+DEVICES = ["auto", "cpu", "cuda", "mps"]
 LEARNED = ("halo", "ws")  # penalties with a trained lam, hence an optimizer of its own
 
 
@@ -41,9 +43,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
-def real(low: float = -math.inf, *, above: bool = False, nonzero: bool = False) -> Callable[[str], float]:
-    """Return an argparse type: a finite number >= low (> low with `above`; not 0 with `nonzero`)."""
-    bounds = f"{'>' if above else '>='} {low:g}" if low > -math.inf else "finite"
+def real(low: float = -math.inf, *, high: float = math.inf, nonzero: bool = False) -> Callable[[str], float]:
+    """Return an argparse type: a finite number in [low, high] (and not 0 with `nonzero`)."""
+    bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}" if low > -math.inf else "finite"
     rule = bounds + (" and not 0" if nonzero else "")
 
     def parse(text: str) -> float:
@@ -51,7 +53,7 @@ def real(low: float = -math.inf, *, above: bool = False, nonzero: bool = False) 
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number; give one that is {rule}") from None
-        if not math.isfinite(value) or value < low or (above and value == low) or (nonzero and value == 0):
+        if not math.isfinite(value) or not low <= value <= high or (nonzero and value == 0):
             raise argparse.ArgumentTypeError(f"{text} is out of range; give a number that is {rule}")
         return value
 
@@ -134,7 +136,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add("--resume", metavar="FILE", help="continue from this checkpoint")
     add("-e", "--evaluate", action="store_true", help="evaluate --resume on the test images and stop")
     add("--seed", type=whole(0), default=1, help="seed of every random generator")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    add("--device", choices=DEVICES, default="auto", help="where to compute")
 
 
 def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], int]) -> None:
@@ -147,10 +149,7 @@ def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], i
     Raises:
         OptionError: an option does not go with the others.
     """
-    try:
-        args.depth = depth_of(args.arch, args.depth)
-    except ValueError as error:
-        raise OptionError(str(error)) from error
+    resolve_depth_option(args, depth_of)
     coefficients = PENALTIES[args.penalty]
     learned = args.penalty in LEARNED
     for name in ("xi", "psi", "lambda_init"):
@@ -171,6 +170,49 @@ def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], i
         raise OptionError("--evaluate needs the checkpoint to evaluate: add --resume FILE")
     if args.save_dir is None:
         args.save_dir = f"runs/{args.dataset}_{args.arch}_{args.penalty}_seed{args.seed}"
+
+
+def add_prune(parser: argparse.ArgumentParser, schemes: Iterable[str]) -> None:
+    """Add the options of pruning."""
+    add = parser.add_argument_group("pruning").add_argument
+    text = "fractions of the non-zero weights to remove, in [0, 1]; each from the same starting weights"
+    add("--percent", type=real(0, high=1), nargs="+", metavar="P", help=text)
+    add("--scheme", choices=list(schemes), default="global", help="what to remove")
+    text = "also report the accuracy with BatchNorm re-estimated on N training images; 0: no"
+    add("--recalibrate_bn", type=whole(0), default=0, metavar="N", help=text)
+
+
+def add_stage(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every stage after training has."""
+    add = parser.add_argument_group("run").add_argument
+    add("--overwrite", action="store_true", help="replace outputs that exist")
+    add("--device", choices=DEVICES, default="auto", help="where to compute")
+
+
+def resolve_depth_option(args: argparse.Namespace, depth_of: Callable[[str, int | None], int | None]) -> None:
+    """Replace --depth None by the depth of the architecture, in place.
+
+    Raises:
+        OptionError: --depth contradicts --arch.
+    """
+    try:
+        args.depth = depth_of(args.arch, args.depth)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+
+
+def resolve_prune(args: argparse.Namespace) -> None:
+    """Check the options of pruning, in place.
+
+    Raises:
+        OptionError: no checkpoint to prune, or no ratio.
+    """
+    if not args.percent or not args.resume:
+        raise OptionError("pruning needs --percent P [P ...] and --resume FILE")
+    if len(set(args.percent)) < len(args.percent):
+        raise OptionError(f"--percent {' '.join(f'{p:g}' for p in args.percent)} names a ratio twice")
+    if args.save_dir is None:
+        args.save_dir = str(Path(args.resume).parent / "pruned")
 
 
 def _useless(option: str, penalty: str) -> NoReturn:

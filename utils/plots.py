@@ -63,6 +63,30 @@ def plot_curves(history: Sequence[dict], path: str | Path, *, title: str) -> Non
     save_figure(figure, path)
 
 
+def plot_accuracy_vs_sparsity(rows: Sequence[dict], path: str | Path, *, title: str) -> None:
+    """Draw top-1 against sparsity.
+
+    Args:
+        rows: of accuracy_vs_sparsity.csv, the unpruned network first.
+        path: PNG to write.
+        title: what the figure shows.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    ordered = sorted(rows[1:], key=lambda row: row["sparsity"])
+    axes.axhline(rows[0]["top1"], color=MIDDLE, linestyle=":", label="before pruning")
+    x = [row["sparsity"] for row in ordered]
+    axes.plot(x, [row["top1"] for row in ordered], "o-", color=DARK, label="pruned")
+    if "top1_recalibrated" in ordered[0]:
+        y = [row["top1_recalibrated"] for row in ordered]
+        axes.plot(x, y, "s--", color=LIGHT, label="pruned, BatchNorm recalibrated")
+    axes.set(xlabel="sparsity (fraction of prunable weights that are zero)", ylabel="test top-1 (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
 def equilibrium(lam: np.ndarray, *, xi: float, psi: float, decay: float) -> np.ndarray:
     """Return the |w| at which a HALO coefficient lam stands still: lam^3 * (psi + decay * lam) / (2 * xi).
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -19,7 +19,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from utils.checkpoint import atomic_write
+from utils.checkpoint import atomic_write, write_text
 from utils.options import OptionError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -115,6 +115,27 @@ def prepare_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None
         )
 
 
+def refuse_existing(paths: Iterable[Path], *, overwrite: bool, make_folder: bool = False) -> None:
+    """Refuse to replace outputs, or to write where nothing can be written.
+
+    Args:
+        paths: the files to come.
+        overwrite: whether they may replace others.
+        make_folder: make the folder they go to if it is missing.
+
+    Raises:
+        ValueError: a file exists already, or its folder does not.
+        OSError: the folder cannot be made.
+    """
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists already: give --overwrite or another place")
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            raise ValueError(f"{path.parent} is no folder: make it, or give another place for {path.name}")
+
+
 def clear_run(folder: Path) -> None:
     """Remove the files of a run from its folder, and nothing else."""
     for name in RUN_FILES:
@@ -169,5 +190,4 @@ def write_json(path: str | Path, content: dict) -> None:
             return [clean(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    with atomic_write(path) as file:
-        file.write(json.dumps(clean(content), indent=2).encode() + b"\n")
+    write_text(path, json.dumps(clean(content), indent=2) + "\n")

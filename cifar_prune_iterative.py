@@ -1,0 +1,44 @@
+"""Prune a trained network by magnitude at one or more ratios, and evaluate it before and after.
+
+    python cifar_prune_iterative.py -d cifar10 -a vgg16_bn --depth 16 --percent 0.95 --resume MODEL --save_dir DIR
+
+Leaves in --save_dir: pruned_<percent>.pth.tar for each ratio, prune.json, prune.txt (per layer), and
+accuracy_vs_sparsity.csv and .png. A pruned file can be pruned again: ratios count the weights that are not zero.
+"""
+
+import argparse
+
+from models import CIFAR_ARCHS, resolve_depth
+from utils import options
+from utils.data import RGB, datasets_of
+from utils.prune_run import prune_and_evaluate
+from utils.pruning import SCHEMES
+from utils.run import run_script
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line of this script."""
+    parser = options.Parser(__doc__)
+    options.add_data(parser, datasets_of(RGB), default="cifar10")
+    options.add_model(parser, CIFAR_ARCHS, default="vgg16_bn")
+    options.add_prune(parser, SCHEMES)
+    options.add_stage(parser)
+    parser.add_argument("--resume", metavar="FILE", help="the checkpoint to prune")
+    parser.add_argument("--save_dir", metavar="DIR", help="the outputs; None: the folder pruned beside --resume")
+    parser.add_argument("--seed", type=options.whole(0), default=1, help="seed of the random schemes")
+    return parser
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Prune and evaluate as the options say.
+
+    Returns:
+        The content of prune.json.
+    """
+    options.resolve_depth_option(args, resolve_depth)
+    options.resolve_prune(args)
+    return prune_and_evaluate(args)
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser())

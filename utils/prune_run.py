@@ -1,0 +1,187 @@
+"""The pruning stage: prune one checkpoint at one or more ratios, evaluate, and write what came out."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import ARCHS, build_model
+from utils import plots
+from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_text
+from utils.data import Dataset, load_dataset
+from utils.experiment import make_loader, memory_format
+from utils.logger import say, warn, write_csv
+from utils.parameters import prunable_weights
+from utils.pruning import SCHEMES, LayerSparsity, magnitude_threshold, overall_sparsity
+from utils.run import choose_device, refuse_existing, set_seed, write_json
+from utils.training import evaluate
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(model: nn.Module, data: Dataset, device: torch.device, *, images: int, batch: int) -> None:
+    """Estimate the statistics of every BatchNorm anew, as averages over training images without augmentation.
+
+    Args:
+        model: the network, changed in place.
+        data: the images; the first `images` of a fixed random order are used.
+        device: where the network is.
+        images: how many.
+        batch: batch size.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # average over all batches
+    chosen = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))[:images]
+    model.train()
+    for inputs, _ in make_loader(data, "train", device, batch_size=batch, only=chosen):
+        model(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """Return the files that a pruning run writes, by what they are."""
+    folder = Path(args.save_dir)
+    names = {
+        "json": "prune.json",
+        "txt": "prune.txt",
+        "csv": "accuracy_vs_sparsity.csv",
+        "png": "accuracy_vs_sparsity.png",
+    }
+    for percent in args.percent:
+        names[f"{percent}"] = f"pruned_{percent:g}.pth.tar"
+        if args.recalibrate_bn:
+            names[f"{percent} recalibrated"] = f"pruned_{percent:g}_recalibrated.pth.tar"
+    return {key: folder / name for key, name in names.items()}
+
+
+def prune_and_evaluate(args: argparse.Namespace) -> dict:
+    """Do what the options of a pruning script say.
+
+    Args:
+        args: the options, after `options.resolve_stage`.
+
+    Returns:
+        The content of prune.json.
+
+    Raises:
+        ValueError, OSError: unusable checkpoint, images or output folder.
+    """
+    device = choose_device(args.device)
+    set_seed(args.seed)
+    arch, paths = ARCHS[args.arch], outputs(args)
+    refuse_existing(paths.values(), overwrite=args.overwrite, make_folder=True)
+    state = load_checkpoint(args.resume)
+    data = load_dataset(args.dataset, args.data, shape=arch.shape)
+    model = build_model(args.arch, len(data.classes), args.depth).to(device, memory_format=memory_format(device))
+    load_weights(model, state["state_dict"], path=args.resume)
+    loader = make_loader(data, "test", device, batch_size=args.test_batch)
+    before = evaluate(model, loader, device=device)
+    start = copy.deepcopy(model.state_dict())
+    report = {
+        "checkpoint": str(args.resume),
+        "dataset": args.dataset,
+        "arch": args.arch,
+        "depth": args.depth,
+        "scheme": args.scheme,
+        "seed": args.seed,
+        "before": before | {"sparsity": _sparsity_before(model, linear=arch.linear)},
+        "results": [],
+    }
+    say(f"before: sparsity {report['before']['sparsity']:.4f}  {_numbers(before)}")
+    for percent in args.percent:
+        model.load_state_dict(start)
+        result = _prune_once(args, model, percent, linear=arch.linear)
+        result["after"] = evaluate(model, loader, device=device)
+        say(f"pruned {percent:g}: sparsity {result['sparsity']:.4f}  {_numbers(result['after'])}")
+        _save(paths[f"{percent}"], state, model, args, result, accuracy=result["after"]["top1"])
+        if args.recalibrate_bn:
+            recalibrate_batch_norm(model, data, device, images=args.recalibrate_bn, batch=args.test_batch)
+            result["recalibrated"] = evaluate(model, loader, device=device)
+            say(f"pruned {percent:g}, BatchNorm recalibrated: {_numbers(result['recalibrated'])}")
+            path = paths[f"{percent} recalibrated"]
+            _save(path, state, model, args, result, accuracy=result["recalibrated"]["top1"])
+        report["results"].append(result)
+    _write_report(paths, report)
+    return report
+
+
+def _sparsity_before(model: nn.Module, *, linear: bool) -> float:
+    weights = prunable_weights(model, linear=linear)
+    return 1 - sum(int(w.count_nonzero()) for w in weights.values()) / sum(w.numel() for w in weights.values())
+
+
+def _numbers(result: dict) -> str:
+    return f"loss {result['loss']:.4f}  top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%"
+
+
+def _prune_once(args: argparse.Namespace, model: nn.Module, percent: float, *, linear: bool) -> dict:
+    """Prune the network in place; return counts and warn of layers that are left empty."""
+    weights = prunable_weights(model, linear=linear)
+    before = {name: w.detach().clone() for name, w in weights.items()}
+    nonzero = sum(int(w.count_nonzero()) for w in before.values())
+    generator = torch.Generator().manual_seed(args.seed)
+    layers: list[LayerSparsity] = SCHEMES[args.scheme](weights, percent, generator=generator)
+    empty = [layer.name for layer in layers if layer.remaining == 0]
+    for name in empty:
+        warn(f"pruned {percent:g}: no weight is left in {name}")
+    return {
+        "asked": percent,
+        "removed": nonzero - sum(layer.remaining for layer in layers),
+        "sparsity": overall_sparsity(layers),
+        "threshold": magnitude_threshold(before, weights),
+        "empty_layers": empty,
+        "layers": [layer._asdict() | {"sparsity": layer.sparsity} for layer in layers],
+    }
+
+
+def _save(
+    path: Path, state: dict, model: nn.Module, args: argparse.Namespace, result: dict, *, accuracy: float
+) -> None:
+    pruning = {key: result[key] for key in ("asked", "removed", "sparsity", "threshold")}
+    kept = {key: state[key] for key in ("epoch", "best_acc", "config") if key in state}
+    pruning |= {"scheme": args.scheme, "seed": args.seed, "checkpoint": str(args.resume)}
+    save_checkpoint(path, kept | {"state_dict": model.state_dict(), "acc": accuracy, "pruning": pruning})
+
+
+def _table(report: dict) -> str:
+    """Format prune.json for reading."""
+    lines = [f"{report['checkpoint']}: {report['scheme']} pruning of {report['arch']} on {report['dataset']}"]
+    before = report["before"]
+    lines.append(f"before            sparsity {before['sparsity']:.4f}  {_numbers(before)}")
+    for result in report["results"]:
+        lines.append("")
+        lines.append(f"pruned {result['asked']:<10g} sparsity {result['sparsity']:.4f}  {_numbers(result['after'])}")
+        lines.append(f"{result['removed']} weights removed, the largest of magnitude {result['threshold']:.6g}")
+        if "recalibrated" in result:
+            lines.append(f"with BatchNorm recalibrated: {_numbers(result['recalibrated'])}")
+        lines.append(f"{'layer':<34}{'total':>10}{'remaining':>11}{'sparsity':>10}")
+        for layer in result["layers"]:
+            mark = "  EMPTY" if layer["remaining"] == 0 else ""
+            counts = f"{layer['total']:>10}{layer['remaining']:>11}{layer['sparsity']:>10.4f}"
+            lines.append(f"{layer['name']:<34}{counts}{mark}")
+    return "\n".join(lines) + "\n"
+
+
+def _write_report(paths: dict[str, Path], report: dict) -> None:
+    rows = [{"asked": "", **report["before"]}]
+    rows += [{"asked": r["asked"], **r["after"], "sparsity": r["sparsity"]} for r in report["results"]]
+    for row, result in zip(rows[1:], report["results"], strict=True):
+        if "recalibrated" in result:
+            row["top1_recalibrated"] = result["recalibrated"]["top1"]
+    if any("top1_recalibrated" in row for row in rows):
+        rows[0]["top1_recalibrated"] = ""
+    write_json(paths["json"], report)
+    write_text(paths["txt"], _table(report))
+    write_csv(paths["csv"], rows)
+    best = max(rows[1:], key=lambda row: row["sparsity"])
+    title = f"top-1 {rows[0]['top1']:.2f}% dense, {best['top1']:.2f}% at sparsity {best['sparsity']:.3f}\n"
+    title += f"{report['dataset']}, {report['arch']}, {report['scheme']} pruning"
+    plots.plot_accuracy_vs_sparsity(rows, paths["png"], title=title)
+    say(f"wrote {paths['txt']}, {paths['csv']}, {paths['png']}")
