@@ -12,7 +12,8 @@ import torch
 from conftest import ROOT
 
 from models import build_model
-from utils.checkpoint import CheckpointError, atomic_write, load_checkpoint, load_weights, save_checkpoint
+from utils.atomic import atomic_write
+from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 
 STATE = {"epoch": 3, "state_dict": {"w": torch.arange(4.0)}, "acc": 70.7, "best_acc": 71.0}
 

@@ -1,70 +1,22 @@
-"""Files that survive: atomic writing, and checkpoints that load safely or say why not."""
+"""Checkpoints that are written whole and load safely, or say why not."""
 
 from __future__ import annotations
 
 import io
-import os
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor, nn
 
 from models import guess_arch
+from utils.atomic import atomic_write
+from utils.compact import is_compact, load_compact
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says why and what to do."""
-
-
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes the place of `path` only when the block ends well.
-
-    The bytes go to a temporary file in the same folder, are flushed to the disk, and the file is renamed, so a
-    reader (or a process killed at any moment) finds the old file or the new one, whole.
-
-    Args:
-        path: the file to write; its folder must exist.
-
-    Raises:
-        OSError: the file cannot be written; what `path` held before is untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot write {path}: {reason}; free space or choose another folder, nothing is lost") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable where the system lets a folder be opened (not on Windows)."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically, in UTF-8.
-
-    Raises:
-        OSError: the file cannot be written; the previous file is untouched.
-    """
-    with atomic_write(path) as file:
-        file.write(text.encode())
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
@@ -88,7 +40,7 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     """Read a checkpoint without running any code that the file may hold.
 
     Args:
-        path: a file written by `save_checkpoint` or by the authors' release.
+        path: a file written by `save_checkpoint`, `save_compact` or by the authors' release.
         map_location: device of the tensors.
 
     Returns:
@@ -103,7 +55,8 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: check the path")
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        compact = is_compact(path)
+        state = load_compact(path) if compact else torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             remedy = "use a file of tensors and plain types"
@@ -113,8 +66,16 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
         raise CheckpointError(f"{path} is truncated, damaged or no checkpoint: use another copy") from error
     if not isinstance(state, dict) or not isinstance(state.get("state_dict"), Mapping):
         raise CheckpointError(f"{path} holds no 'state_dict': it is no checkpoint of cifar.py")
-    state["state_dict"] = {key.removeprefix("module."): value for key, value in state["state_dict"].items()}
-    return state
+    tensors = {key.removeprefix("module."): value for key, value in state["state_dict"].items()}
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{path} holds a 'state_dict' of other things than tensors: use another copy")
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise CheckpointError(f"{path} holds NaN or infinity in {bad[0]}: use an earlier checkpoint")
+    for key in ("epoch", "acc", "best_acc"):  # the release may have stored tensors
+        if isinstance(state.get(key), Tensor):
+            state[key] = state[key].item()
+    return state | {"state_dict": {name: value.to(map_location) for name, value in tensors.items()}}
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, path: str | Path) -> None:

@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from models import ARCHS, build_model
 from utils import plots
-from utils.checkpoint import CheckpointError, atomic_write, load_checkpoint, load_weights, save_checkpoint
+from utils.atomic import atomic_write
+from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from utils.data import Dataset, Loader, Split, load_dataset
 from utils.logger import BatchBar, epoch_line, say, warn, write_csv
 from utils.parameters import penalized_parameters

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from progress.bar import Bar
 
-from utils.checkpoint import write_text
+from utils.atomic import write_text
 
 
 def write_csv(path: str | Path, rows: Sequence[dict]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
-from utils.checkpoint import atomic_write
+from utils.atomic import atomic_write
 
 DARK, LIGHT, MIDDLE = "#1f3b73", "#e08a1e", "#5c9ead"  # dark, light and between, in greyscale too
 SMALLEST = 1e-9  # what is smaller, zeros too, is drawn here
@@ -85,6 +86,74 @@ def plot_accuracy_vs_sparsity(rows: Sequence[dict], path: str | Path, *, title: 
     axes.legend()
     figure.suptitle(title)
     save_figure(figure, path)
+
+
+def plot_layers(layers: Sequence[dict], path: str | Path, *, title: str) -> None:
+    """Draw sparsity and density of every layer as stacked bars (Figure 1a).
+
+    Args:
+        layers: `name` and `sparsity` of each.
+        path: PNG to write.
+        title: what the figure shows.
+    """
+    figure = Figure(figsize=(8, 1.5 + 0.25 * len(layers)), layout="constrained")
+    axes = figure.subplots()
+    names = [layer["name"].removesuffix(".weight") for layer in layers]
+    sparsity = [layer["sparsity"] for layer in layers]
+    axes.barh(names, sparsity, color=DARK, label="sparsity (zeros)")
+    axes.barh(names, [1 - s for s in sparsity], left=sparsity, color=LIGHT, label="density (left)")
+    axes.invert_yaxis()
+    axes.set(xlabel="fraction of the layer's weights", xlim=(0, 1))
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def plot_energy(energies: Mapping[str, Mapping[str, Tensor]], path: str | Path, *, pool: str) -> None:
+    """Draw the cumulative eigenvalue energy of every layer (Figure 1c).
+
+    One network: its layers in one plot, from dark (first) to light (last). Several: one plot a layer, with a legend.
+
+    Args:
+        energies: network to layer to eigenvalues, descending, of sum 1.
+        path: PNG to write.
+        pool: how maps were pooled, for the label.
+    """
+    layers = list(next(iter(energies.values())))
+    alone = len(energies) == 1
+    columns = 1 if alone else min(3, len(layers))
+    rows = 1 if alone else -(-len(layers) // columns)
+    figure = Figure(figsize=(9, 6) if alone else (4.5 * columns, 0.6 + 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in axes[1 if alone else len(layers) :]:
+        panel.set_axis_off()
+    for number, (label, layer_energies) in enumerate(energies.items()):
+        for index, (name, energy) in enumerate(layer_energies.items()):
+            panel = axes[0 if alone else index]
+            shade = str(0.75 * index / max(len(layers) - 1, 1)) if alone else (DARK, LIGHT, MIDDLE)[number % 3]
+            style = ("-", "--", ":", "-.")[(index if alone else number) % 4]
+            cumulative = np.concatenate([[0], energy.cumsum(0)])
+            fraction = np.arange(len(cumulative)) / len(energy)
+            panel.plot(fraction, cumulative, style, color=shade, label=name if alone else label)
+            panel.set(ylim=(0, 1.02), xlim=(0, 1))
+            panel.grid(alpha=0.3)
+            if not alone:
+                panel.set_title(name, fontsize=9)
+    axes[0].legend(fontsize=7, ncols=2 if alone and len(layers) > 12 else 1)
+    figure.supxlabel("fraction of the channels (largest eigenvalues first)")
+    figure.supylabel(f"cumulative energy of the covariance, {pool} pooling")
+    figure.suptitle(_energy_title(energies))
+    save_figure(figure, path)
+
+
+def _energy_title(energies: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Say how much of the channels the networks need for 95% of the energy, on average over layers."""
+
+    def need(layers: Mapping[str, Tensor]) -> float:
+        return float(np.mean([int((e.cumsum(0) < 0.95).sum() + 1) / len(e) for e in layers.values()]))
+
+    parts = [f"{100 * need(layers):.0f}% ({label})" for label, layers in energies.items()]
+    return "channels for 95% of the energy, mean over layers:\n" + ", ".join(parts)
 
 
 def equilibrium(lam: np.ndarray, *, xi: float, psi: float, decay: float) -> np.ndarray:

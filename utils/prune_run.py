@@ -11,7 +11,8 @@ from torch import nn
 
 from models import ARCHS, build_model
 from utils import plots
-from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_text
+from utils.atomic import write_text
+from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.data import Dataset, load_dataset
 from utils.experiment import make_loader, memory_format
 from utils.logger import say, warn, write_csv

@@ -19,7 +19,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from utils.checkpoint import atomic_write, write_text
+from utils.atomic import atomic_write, write_text
 from utils.options import OptionError
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -1,0 +1,44 @@
+"""Evaluate a checkpoint and report its sparsity, its multiply-accumulates and its size.
+
+    python check_params.py -d cifar100 -a vgg16_bn --depth 16 --checkpoint FILE
+
+Prints a table. --json FILE and --plot FILE keep it, --compact FILE writes the network losslessly as small as is
+sensible; every script that loads a checkpoint loads such a file too.
+"""
+
+import argparse
+
+from models import ARCHS, resolve_depth
+from utils import options
+from utils.check_run import check
+from utils.data import DATASETS
+from utils.run import run_script
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line of this script."""
+    parser = options.Parser(__doc__)
+    options.add_data(parser, DATASETS, default="cifar10")
+    options.add_model(parser, ARCHS, default="vgg16_bn")
+    options.add_stage(parser)
+    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="the checkpoint to look at")
+    parser.add_argument("--tau", type=options.real(0), default=1e-3, help="also count weights with |w| <= TAU")
+    parser.add_argument("--no_data", action="store_true", help="everything but the accuracy, without images")
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw sparsity and density per layer, as PNG")
+    parser.add_argument("--compact", metavar="FILE", help="write the network as a small file")
+    return parser
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Check as the options say.
+
+    Returns:
+        The content of --json.
+    """
+    options.resolve_depth_option(args, resolve_depth)
+    return check(args)
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser())

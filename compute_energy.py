@@ -1,0 +1,99 @@
+"""How many directions each layer's output uses: eigenvalue energy of its covariance (Figure 1c of the paper).
+
+    python compute_energy.py -d cifar100 -a vgg16_bn --depth 16 --checkpoint FILE --save OUT
+
+Writes OUT.npz (eigenvalues by layer name, descending, of sum 1), OUT.json (how many of them reach 50/90/95/99%, and
+the effective rank) and OUT.png. Several checkpoints are overlaid: --checkpoint dense.pth.tar halo.pth.tar.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models import ARCHS, build_model, resolve_depth
+from utils import options, plots
+from utils.atomic import atomic_write
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.data import DATASETS, Dataset, load_dataset
+from utils.energy import POOLS, components, effective_rank, layer_energies, measured_layers
+from utils.experiment import make_loader, memory_format
+from utils.logger import say
+from utils.run import choose_device, refuse_existing, run_script, write_json
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line of this script."""
+    parser = options.Parser(__doc__)
+    options.add_data(parser, DATASETS, default="cifar10")
+    options.add_model(parser, ARCHS, default="vgg16_bn")
+    options.add_stage(parser)
+    parser.add_argument("--checkpoint", metavar="FILE", nargs="+", required=True, help="one or more, to overlay")
+    parser.add_argument("--labels", metavar="TEXT", nargs="+", help="names of the checkpoints; None: their paths")
+    parser.add_argument("--save", metavar="OUT", required=True, help="writes OUT.npz, OUT.json and OUT.png")
+    parser.add_argument("--split", choices=["train", "test"], default="train", help="images, without augmentation")
+    parser.add_argument("--pool", choices=list(POOLS), default="max", help="how a map becomes one number")
+    parser.add_argument("--layers", metavar="NAME", nargs="+", help="only these layers; None: all")
+    return parser
+
+
+def measure(path: str, args: argparse.Namespace, data: Dataset) -> dict[str, torch.Tensor]:
+    """Return the energies of one checkpoint by layer name."""
+    arch, device = ARCHS[args.arch], choose_device(args.device)
+    model = build_model(args.arch, len(data.classes), args.depth)
+    load_weights(model, load_checkpoint(path)["state_dict"], path=path)
+    model.to(device, memory_format=memory_format(device))
+    layers = measured_layers(model, linear=arch.linear)
+    unknown = [name for name in args.layers or [] if name not in layers]
+    if unknown:
+        raise options.OptionError(f"--layers {unknown[0]}: no such layer; choose from {', '.join(layers)}")
+    chosen = {name: layers[name] for name in args.layers or layers}
+    return layer_energies(
+        model, chosen, make_loader(data, args.split, device, batch_size=args.test_batch), pool=args.pool
+    )
+
+
+def describe(energies: dict[str, torch.Tensor]) -> dict:
+    """Return channels, components and effective rank of every layer."""
+    return {
+        name: {"channels": len(e), "components": components(e), "effective_rank": effective_rank(e)}
+        for name, e in energies.items()
+    }
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Measure and draw as the options say.
+
+    Returns:
+        The content of OUT.json.
+    """
+    options.resolve_depth_option(args, resolve_depth)
+    labels = args.labels or args.checkpoint
+    if len(set(labels)) != len(args.checkpoint):
+        raise options.OptionError("give as many different --labels as there are checkpoints")
+    stem = Path(args.save).with_suffix("") if Path(args.save).suffix in (".npz", ".json", ".png") else Path(args.save)
+    paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("npz", "json", "png")}
+    refuse_existing(paths.values(), overwrite=args.overwrite)
+    data = load_dataset(args.dataset, args.data, shape=ARCHS[args.arch].shape)
+    energies = {label: measure(path, args, data) for label, path in zip(labels, args.checkpoint, strict=True)}
+
+    alone = len(labels) == 1
+    arrays = {n if alone else f"{label}/{n}": e.numpy() for label, es in energies.items() for n, e in es.items()}
+    report = {"pool": args.pool, "split": args.split, "dataset": args.dataset}
+    report["checkpoints"] = {label: describe(es) for label, es in energies.items()}
+    with atomic_write(paths["npz"]) as file:
+        np.savez(file, **arrays)
+    write_json(paths["json"], report)
+    plots.plot_energy(energies, paths["png"], pool=args.pool)
+    for label, layers in report["checkpoints"].items():
+        say(label)
+        for name, layer in layers.items():
+            reach = "  ".join(f"{count:>4} for {level}" for level, count in layer["components"].items())
+            say(f"  {name:<28}{layer['channels']:>4} channels: {reach}  effective rank {layer['effective_rank']:.1f}")
+    say(f"wrote {paths['npz']}, {paths['json']}, {paths['png']}")
+    return report
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser())

@@ -1,0 +1,54 @@
+"""Train a LeNet on MNIST with HALO or another penalty, or with --percent prune a trained one.
+
+    python mnist/mnist.py -a lenet_300_100 --halo --xi 1e-4 --psi 1e-4 --epochs 25 --schedule 12 18 --save_dir DIR
+    python mnist/mnist.py -a lenet_300_100 --percent 0.9 0.95 0.99 --resume DIR/final.pth.tar --save_dir DIR/pruned
+
+Runs from any folder. Convolutions and linear layers are penalised and pruned together. Leaves what cifar.py and
+cifar_prune_iterative.py leave. -d digits needs no download.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's folder, wherever this is called from
+
+from models import MNIST_ARCHS, resolve_depth
+from utils import options
+from utils.data import GREY, datasets_of
+from utils.experiment import train_or_evaluate
+from utils.prune_run import prune_and_evaluate
+from utils.pruning import SCHEMES
+from utils.run import run_script
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line of this script."""
+    parser = options.Parser(__doc__)
+    options.add_data(parser, datasets_of(GREY), default="mnist")
+    options.add_model(parser, MNIST_ARCHS, default="lenet_300_100")
+    options.add_penalty(parser)
+    options.add_training(parser)
+    options.add_run(parser)
+    options.add_prune(parser, SCHEMES)
+    # The release decays every 25,000 steps of 100 images; these are the nearest whole epochs of 600 steps.
+    parser.set_defaults(epochs=250, train_batch=100, wd=0.0, schedule=[42, 83, 125, 167, 208])
+    return parser
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Train, evaluate or prune, as the options say.
+
+    Returns:
+        The content of summary.json or prune.json; with --evaluate, `loss`, `top1`, `top5` and `epoch`.
+    """
+    if args.percent:
+        options.resolve_depth_option(args, resolve_depth)
+        options.resolve_prune(args)
+        return prune_and_evaluate(args)
+    options.resolve(args, depth_of=resolve_depth)
+    return train_or_evaluate(args)
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser())

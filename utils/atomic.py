@@ -1,0 +1,56 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of `path` only when the block ends well.
+
+    The bytes go to a temporary file in the same folder, are flushed to the disk, and the file is renamed, so a
+    reader (or a process killed at any moment) finds the old file or the new one, whole.
+
+    Args:
+        path: the file to write; its folder must exist.
+
+    Raises:
+        OSError: the file cannot be written; what `path` held before is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write {path}: {reason}; free space or choose another folder, nothing is lost") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable where the system lets a folder be opened (not on Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8.
+
+    Raises:
+        OSError: the file cannot be written; the previous file is untouched.
+    """
+    with atomic_write(path) as file:
+        file.write(text.encode())

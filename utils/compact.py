@@ -1,0 +1,120 @@
+"""Pruned networks as small files: a bit mask of the non-zero entries and their values, losslessly.
+
+The file is a zip of `meta.json` and, for each element type, two LZMA streams: the packed bits that say which entries
+are not zero, and the bytes of those entries, all first bytes, all second bytes and so on. Reading it runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.atomic import atomic_write
+
+FORMAT = "halo-compact-1"
+KEPT = ("epoch", "acc", "best_acc", "config", "pruning")  # of a checkpoint, beside its state_dict
+
+
+def _words(tensor: Tensor) -> np.ndarray:
+    """Return the elements as unsigned integers, so that -0.0 counts as non-zero and NaN survives."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().view(f"<u{tensor.element_size()}") if len(flat) else np.empty(0, "<u1")
+
+
+def save_compact(path: str | Path, state: dict) -> None:
+    """Write the network of a checkpoint as a compact file, atomically.
+
+    Args:
+        path: the file to write.
+        state: a checkpoint; its optimizers, lam and history are left out.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    tensors: Mapping[str, Tensor] = state["state_dict"]
+    kinds: dict[str, list[Tensor]] = {}
+    for tensor in tensors.values():
+        kinds.setdefault(str(tensor.dtype).removeprefix("torch."), []).append(tensor)
+    meta = {
+        "format": FORMAT,
+        "tensors": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors.items()},
+        "checkpoint": {key: state[key] for key in KEPT if key in state},
+    }
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("meta.json", json.dumps(meta))
+        for kind, group in kinds.items():
+            words = np.concatenate([_words(tensor) for tensor in group])
+            mask = words != 0
+            planes = words[mask].view(np.uint8).reshape(-1, words.itemsize).T
+            archive.writestr(f"{kind}.mask", lzma.compress(np.packbits(mask).tobytes()))
+            archive.writestr(f"{kind}.values", lzma.compress(np.ascontiguousarray(planes).tobytes()))
+
+
+def is_compact(path: Path) -> bool:
+    """Tell whether a file is of this format."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "meta.json" in archive.namelist()
+
+
+def load_compact(path: Path) -> dict:
+    """Read a compact file as a checkpoint.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            meta = json.loads(archive.read("meta.json"))
+            return meta["checkpoint"] | {"state_dict": _read_tensors(archive, meta["tensors"])}
+    except (zipfile.BadZipFile, lzma.LZMAError, KeyError, TypeError, AttributeError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: use another copy") from error
+
+
+def _read_tensors(archive: zipfile.ZipFile, entries: dict[str, list]) -> dict[str, Tensor]:
+    """Rebuild the tensors, type by type, in the order in which they were written."""
+    tensors = dict.fromkeys(entries)
+    for kind in {kind for kind, _ in entries.values()}:
+        names = [name for name, (its, _) in entries.items() if its == kind]
+        sizes = [math.prod(entries[name][1]) for name in names]
+        dtype = getattr(torch, kind)
+        size = torch.empty((), dtype=dtype).element_size()
+        mask = np.frombuffer(lzma.decompress(archive.read(f"{kind}.mask")), np.uint8)
+        mask = np.unpackbits(mask, count=sum(sizes)).astype(bool)
+        planes = np.frombuffer(lzma.decompress(archive.read(f"{kind}.values")), np.uint8).reshape(size, -1)
+        words = np.zeros(sum(sizes), f"<u{size}")
+        words[mask] = np.ascontiguousarray(planes.T).view(f"<u{size}")[:, 0]
+        flat = torch.from_numpy(words.view(np.uint8)).view(dtype)
+        for name, part in zip(names, flat.split(sizes), strict=True):
+            tensors[name] = part.reshape(entries[name][1]).clone()
+    return tensors
+
+
+def same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Tell whether two state_dicts hold the same names, types, shapes and bits."""
+    return list(one) == list(other) and all(
+        (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(_words(a), _words(b))
+        for a, b in zip(one.values(), other.values(), strict=True)
+    )
+
+
+def entropy_bound(weights: Mapping[str, Tensor]) -> float:
+    """Return N * H(p) + 32 * nonzeros bits, in bytes: a mask at its entropy and every non-zero weight as it is.
+
+    Args:
+        weights: the pruned fp32 tensors; N counts their elements, p is the fraction of non-zeros.
+    """
+    total = sum(w.numel() for w in weights.values())
+    nonzeros = sum(int(w.count_nonzero()) for w in weights.values())
+    p = nonzeros / total
+    entropy = -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
+    return (total * entropy + 32 * nonzeros) / 8
