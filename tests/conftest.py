@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -46,14 +48,14 @@ def train(*options: str) -> dict:
 
 
 @pytest.fixture
-def fails(monkeypatch, capsys):
-    """Call cifar.py with wrong input; return its exit status and the one line it says."""
+def fails_in(monkeypatch, capsys):
+    """Call a script with wrong input; return its exit status and the one line it says."""
 
-    def call(*options: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["cifar.py", *(str(option) for option in options)])
+    def call(script: ModuleType, *options: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *(str(option) for option in options)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            run_script(cifar.main, cifar.get_parser())
+            run_script(script.main, script.get_parser())
         lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("note:")]
         assert len(lines) == 1, lines
         return stopped.value.code, lines[0]
@@ -61,8 +63,14 @@ def fails(monkeypatch, capsys):
     return call
 
 
-def start(*options: str, **popen) -> subprocess.Popen:
-    """Start cifar.py as a process of its own."""
-    command = [sys.executable, str(ROOT / "cifar.py"), *(str(option) for option in options)]
+@pytest.fixture
+def fails(fails_in):
+    """Call cifar.py with wrong input; return its exit status and the one line it says."""
+    return partial(fails_in, cifar)
+
+
+def start(*options: str, script: str = "cifar.py", **popen) -> subprocess.Popen:
+    """Start a script as a process of its own."""
+    command = [sys.executable, str(ROOT / script), *(str(option) for option in options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, text=True, **(pipes | popen))

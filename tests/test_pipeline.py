@@ -1,0 +1,293 @@
+"""Train, prune, check, energy: the stages one after the other, and what is wrong with their input."""
+
+import csv
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, start
+
+import check_params
+import cifar
+import cifar_prune_iterative
+import compute_energy
+import mnist.mnist
+from models import build_model
+from utils import prunable_weights
+from utils.checkpoint import load_checkpoint, save_checkpoint
+
+
+def call(script, *options):
+    return script.main(script.get_parser().parse_args([str(option) for option in options]))
+
+
+def command_line(script, *options, cwd=None):
+    """Run a script as a user does; return what it prints."""
+    process = start(*options, script=script, cwd=cwd)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return output
+
+
+@pytest.fixture(scope="module")
+def network(images, tmp_path_factory):
+    """The options that name images and network, and a trained checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = ["-d", "folder", "--data", str(images)]
+    run = ["--epochs", "8", "--schedule", "6", "--lr", "0.05", "--halo", "--xi", "1e-3", "--psi", "1e-3"]
+    call(cifar, *options, *TINY, *run, "--save_dir", folder)
+    return [*options, "-a", "resnet", "--depth", "8"], folder / "final.pth.tar"
+
+
+@pytest.mark.parametrize("dataset", ["digits", "folder"])
+def test_the_pipeline_from_the_command_line(images, tmp_path, dataset):
+    where = ["-d", dataset, "--data", images]
+    net = ["-a", "resnet", "--depth", "8"]
+    run = ["--epochs", "2", "--schedule", "1", "--halo", "--xi", "1e-3", "--psi", "1e-3"]
+    command_line("cifar.py", *where, *net, *run, "--save_dir", tmp_path / "run")
+    model = tmp_path / "run" / "final.pth.tar"
+    pruned = tmp_path / "pruned"
+    command_line(
+        "cifar_prune_iterative.py", *where, *net, "--percent", "0.5", "0.9", "--resume", model, "--save_dir", pruned
+    )
+    checkpoint = pruned / "pruned_0.9.pth.tar"
+    output = command_line(
+        *("check_params.py", *where, *net, "--checkpoint", checkpoint, "--json", tmp_path / "check.json"),
+        *("--plot", tmp_path / "check.png", "--compact", tmp_path / "small.halo"),
+    )
+    assert "bit-equal" in output and "0.9000" in output
+    command_line(
+        "compute_energy.py", *where, *net, "--checkpoint", model, tmp_path / "small.halo", "--save", tmp_path / "energy"
+    )
+    report = json.loads((tmp_path / "check.json").read_text())
+    prune = json.loads((pruned / "prune.json").read_text())
+    assert report["test"]["top1"] == report["stored_top1"] == prune["results"][1]["after"]["top1"]
+    for png in (tmp_path / "check.png", tmp_path / "energy.png", pruned / "accuracy_vs_sparsity.png"):
+        assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mnist_from_any_folder(tmp_path):
+    run = [
+        "-d",
+        "digits",
+        "-a",
+        "LeNet31",
+        "--epochs",
+        "3",
+        "--schedule",
+        "2",
+        "--halo",
+        "--xi",
+        "1e-4",
+        "--psi",
+        "1e-4",
+    ]
+    command_line("mnist/mnist.py", *run, "--save_dir", "run", cwd=tmp_path)
+    prune = ["-d", "digits", "-a", "lenet_300_100", "--percent", "0.9", "--resume", "run/final.pth.tar"]
+    command_line("mnist/mnist.py", *prune, "--save_dir", "pruned", cwd=tmp_path)
+    state = load_checkpoint(tmp_path / "pruned" / "pruned_0.9.pth.tar")
+    zeros = sum(int((state["state_dict"][f"fc{i}.weight"] == 0).sum()) for i in (1, 2, 3))
+    assert zeros == round(266_200 * 0.9)
+    lam = np.load(tmp_path / "run" / "reg_params.npy")
+    assert len(lam) == 266_610  # linear weights and biases are penalised
+    options = ["-d", "digits", "-a", "lenet_300_100", "--checkpoint", tmp_path / "pruned" / "pruned_0.9.pth.tar"]
+    report = call(check_params, *options)
+    assert report["sparsity"] == pytest.approx(0.9, abs=1e-5) and report["test"]["top1"] == state["acc"]
+    energy = call(compute_energy, *options, "--save", tmp_path / "energy")
+    layers = next(iter(energy["checkpoints"].values()))
+    assert {name: layer["channels"] for name, layer in layers.items()} == {"fc1": 300, "fc2": 100}
+
+
+def test_mnist_resumes_bit_for_bit(tmp_path):
+    run = ["-d", "digits", "-a", "lenet_5", "--halo", "--xi", "1e-4", "--psi", "1e-4", "--schedule", "2"]
+    call(mnist.mnist, *run, "--epochs", 3, "--save_dir", tmp_path / "straight")
+    call(mnist.mnist, *run, "--epochs", 1, "--save_dir", tmp_path / "parts")
+    resume = ["--resume", tmp_path / "parts" / "checkpoint.pth.tar"]
+    call(mnist.mnist, *run, "--epochs", 3, "--save_dir", tmp_path / "parts", *resume)
+    one, other = (load_checkpoint(tmp_path / name / "final.pth.tar") for name in ("straight", "parts"))
+    for key in ("state_dict", "lambdas"):
+        assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])
+
+
+def test_defaults_of_the_release_for_mnist():
+    args = mnist.mnist.get_parser().parse_args([])
+    assert (args.epochs, args.train_batch, args.lr, args.momentum) == (250, 100, 0.1, 0.9)
+    assert [round(epoch * 600 / 25_000) for epoch in args.schedule] == [1, 2, 3, 4, 5]
+
+
+def test_pruning_files_and_numbers(network, tmp_path):
+    options, model = network
+    report = call(
+        cifar_prune_iterative, *options, "--percent", "0", "0.5", "1", "--resume", model, "--save_dir", tmp_path
+    )
+    dense, half, none = report["results"]
+    assert dense["after"] == {k: v for k, v in report["before"].items() if k != "sparsity"}
+    assert dense["removed"] == 0 and none["sparsity"] == 1
+    assert len(none["empty_layers"]) == len(none["layers"])
+    total = sum(layer["total"] for layer in half["layers"])
+    assert half["removed"] == round(total / 2)
+    before, after = load_checkpoint(model), load_checkpoint(tmp_path / "pruned_0.5.pth.tar")
+    assert after["acc"] == half["after"]["top1"] and after["epoch"] == before["epoch"]
+    for name in prunable_weights(build_model("resnet", 3, 8)):
+        w = before["state_dict"][name]
+        assert torch.equal(after["state_dict"][name], torch.where(w.abs() <= half["threshold"], 0.0, w))
+    assert torch.equal(after["state_dict"]["fc.weight"], before["state_dict"]["fc.weight"])
+    with open(tmp_path / "accuracy_vs_sparsity.csv", newline="") as file:
+        assert [float(row["sparsity"]) for row in csv.DictReader(file)] == [0, 0, 0.5, 1]
+    assert "EMPTY" in (tmp_path / "prune.txt").read_text()
+
+
+def test_pruning_a_pruned_file_composes(network, tmp_path):
+    options, model = network
+    call(cifar_prune_iterative, *options, "--percent", "0.5", "--resume", model, "--save_dir", tmp_path / "a")
+    first = tmp_path / "a" / "pruned_0.5.pth.tar"
+    report = call(cifar_prune_iterative, *options, "--percent", "0.5", "--resume", first, "--save_dir", tmp_path / "b")
+    assert report["before"]["sparsity"] == 0.5 and report["results"][0]["sparsity"] == pytest.approx(0.75, abs=1e-4)
+
+
+def test_recalibrated_statistics_are_those_of_the_images(network, images, tmp_path):
+    options, model = network
+    prune = ["--percent", "0.5", "--recalibrate_bn", "36", "--test_batch", "36"]
+    report = call(cifar_prune_iterative, *options, *prune, "--resume", model, "--save_dir", tmp_path)
+    assert set(report["results"][0]["recalibrated"]) == {"loss", "top1", "top5"}
+    plain, fresh = (load_checkpoint(tmp_path / f"pruned_0.5{s}.pth.tar") for s in ("", "_recalibrated"))
+    assert torch.equal(plain["state_dict"]["conv1.weight"], fresh["state_dict"]["conv1.weight"])
+    from utils.data import Loader, load_dataset
+
+    data = load_dataset("folder", images)
+    pixels, _ = next(iter(Loader(data.train, data, batch_size=36)))
+    output = torch.nn.functional.conv2d(pixels, fresh["state_dict"]["conv1.weight"], padding=1)
+    torch.testing.assert_close(fresh["state_dict"]["bn1.running_mean"], output.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(
+        plain["state_dict"]["bn1.running_mean"], fresh["state_dict"]["bn1.running_mean"], atol=1e-3
+    )
+
+
+def test_check_counts_what_is_there(network, tmp_path):
+    options, model = network
+    state = load_checkpoint(model)
+    state["state_dict"]["conv1.weight"][:3] = 0
+    save_checkpoint(tmp_path / "m", state)
+    report = call(check_params, *options, "--checkpoint", tmp_path / "m", "--no_data", "--tau", "0.01")
+    layer = report["layers"][0]
+    assert (layer["total"] - layer["remaining"], layer["dead_filters"], layer["filters"]) == (81, 3, 16)
+    small = sum(int((state["state_dict"][x["name"]].abs() <= 0.01).sum()) for x in report["layers"])
+    assert report["fraction_below_tau"] == pytest.approx(small / report["prunable"])
+    assert report["compression_ratio"] == pytest.approx(report["parameters"] / report["parameters_nonzero"])
+    assert report["macs_dense"] - report["macs_nonzero"] == 81 * 32 * 32 and "test" not in report
+
+
+def test_a_checkpoint_of_the_release(network, tmp_path):
+    """Old format, DataParallel prefix, nothing but its four keys, and accuracies as tensors."""
+    options, model = network
+    state = load_checkpoint(model)
+    released = {"epoch": 160, "acc": torch.tensor(state["acc"]), "best_acc": torch.tensor(99.0)}
+    released["state_dict"] = {f"module.{name}": t for name, t in state["state_dict"].items()}
+    torch.save(released, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
+    report = call(check_params, *options, "--checkpoint", tmp_path / "old.pth.tar", "--json", tmp_path / "r.json")
+    assert report["test"]["top1"] == pytest.approx(report["stored_top1"])
+    pruned = call(cifar_prune_iterative, *options, "--percent", "0.5", "--resume", tmp_path / "old.pth.tar")
+    assert pruned["results"][0]["sparsity"] == 0.5 and (tmp_path / "pruned" / "pruned_0.5.pth.tar").exists()
+
+
+def test_energy_files(network, tmp_path):
+    options, model = network
+    call(compute_energy, *options, "--checkpoint", model, "--save", tmp_path / "e.npz", "--split", "test")
+    with np.load(tmp_path / "e.npz", allow_pickle=False) as arrays:
+        assert list(arrays)[:2] == ["conv1", "layer1.0.conv1"] and len(list(arrays)) == 9
+        for energy in arrays.values():
+            assert energy.sum() == pytest.approx(1) and (np.diff(energy) <= 0).all()
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["split"] == "test" and report["pool"] == "max"
+    overlay = ["--checkpoint", model, model, "--labels", "a", "b", "--layers", "conv1", "layer3.0.conv2"]
+    call(compute_energy, *options, *overlay, "--save", tmp_path / "two")
+    with np.load(tmp_path / "two.npz") as arrays:
+        assert list(arrays) == ["a/conv1", "a/layer3.0.conv2", "b/conv1", "b/layer3.0.conv2"]
+
+
+def nan(path):
+    state = load_checkpoint(path)
+    state["state_dict"]["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    save_checkpoint(path, state)
+
+
+BROKEN = {
+    "missing": (os.remove, "no checkpoint at"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "truncated"),
+    "hostile": (lambda path: torch.save({"state_dict": {}, "extra": os.system}, path), "could run code"),
+    "no state_dict": (lambda path: torch.save({"model": {}}, path), "state_dict"),
+    "not tensors": (lambda path: torch.save({"state_dict": {"a": 1}}, path), "state_dict"),
+    "NaN": (nan, "layer1.0.conv1.weight"),
+    "other arch": (
+        lambda path: save_checkpoint(path, {"state_dict": build_model("resnet", 3, 14).state_dict()}),
+        "layer1.1.conv1.weight (16, 16, 3, 3) instead of absent",
+    ),
+    "other classes": (
+        lambda path: save_checkpoint(path, {"state_dict": build_model("resnet", 10, 8).state_dict()}),
+        "fc.weight (10, 64) instead of (3, 64); fc.bias (10,) instead of (3,): it fits -a resnet --depth 8 with 10",
+    ),
+}
+STAGES = {
+    cifar_prune_iterative: lambda path: ["--percent", "0.5", "--resume", path],
+    check_params: lambda path: ["--checkpoint", path],
+    compute_energy: lambda path: ["--checkpoint", path, "--save", path.parent / "energy"],
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
+def test_bad_checkpoints_are_one_line(network, tmp_path, fails_in, stage, broken):
+    options, model = network
+    path = tmp_path / "model.pth.tar"
+    shutil.copy(model, path)
+    spoil, words = BROKEN[broken]
+    spoil(path)
+    status, line = fails_in(stage, *options, *STAGES[stage](path))
+    assert status == 1 and words in line and str(path) in line
+    assert not (tmp_path / "energy.npz").exists() and not (tmp_path / "pruned" / "prune.json").exists()
+
+
+@pytest.mark.parametrize(
+    "stage, extra, status, words",
+    [
+        (cifar_prune_iterative, ["--percent", "1.5"], 2, "1.5"),
+        (cifar_prune_iterative, ["--percent", "-0.1"], 2, "-0.1"),
+        (cifar_prune_iterative, ["--percent", "95%"], 2, "95%"),
+        (cifar_prune_iterative, ["--percent", "0.5", "0.5"], 2, "twice"),
+        (cifar_prune_iterative, ["--scheme", "smart"], 2, "smart"),
+        (cifar_prune_iterative, ["--depth", "9"], 2, "9"),
+        (compute_energy, ["--save", "nowhere/energy"], 1, "nowhere"),
+        (compute_energy, ["--layers", "conv7"], 2, "conv7"),
+        (compute_energy, ["--labels", "a", "b"], 2, "--labels"),
+        (check_params, ["--json", "nowhere/x.json"], 1, "nowhere"),
+        (check_params, ["-a", "lenet_5", "--depth", "5"], 2, "--depth 5"),
+        (check_params, ["-a", "lenet_5"], 1, "folder has no 1x28x28 images"),
+        (check_params, ["-d", "mnist"], 1, "mnist has no 3x32x32 images"),
+    ],
+)
+def test_bad_options_of_the_stages(network, tmp_path, fails_in, monkeypatch, stage, extra, status, words):
+    options, model = network
+    monkeypatch.chdir(tmp_path)
+    if "-a" in extra:
+        options = options[: options.index("-a")]
+    path = tmp_path / "model.pth.tar"
+    shutil.copy(model, path)
+    code, line = fails_in(stage, *options, *STAGES[stage](path), *extra)
+    assert code == status and words in line
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
+def test_outputs_are_not_replaced_by_accident(network, tmp_path, fails_in, stage):
+    options, model = network
+    path = tmp_path / "model.pth.tar"
+    shutil.copy(model, path)
+    options = [*options, *STAGES[stage](path)] + (["--json", tmp_path / "r.json"] if stage is check_params else [])
+    call(stage, *options)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    status, line = fails_in(stage, *options)
+    assert status == 1 and "--overwrite" in line
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    call(stage, *options, "--overwrite")
