@@ -1,18 +1,37 @@
 # `make demo` and `make test` are each the only command needed on a fresh machine; both use .venv in this folder.
 PYTHON ?= python3
 BIN := .venv/bin
+RUN := $(BIN)/python
+DEMO := runs/demo
+DIGITS := -d digits -a resnet --depth 20
+TRAIN := $(RUN) cifar.py $(DIGITS) --wd 0 --epochs 10 --schedule 6 8 --overwrite
+PRUNE := $(RUN) cifar_prune_iterative.py $(DIGITS) --percent 0.5 0.75 0.9 0.95 --overwrite
 
 .PHONY: demo test clean
 
+# The whole pipeline on real handwritten digits: train, prune, check, energy.
 demo: .venv/installed
-	$(BIN)/python cifar.py -d digits -a resnet --depth 20 --halo --xi 1e-3 --psi 1e-3 --wd 0 \
-	  --epochs 10 --schedule 6 8 --save_dir runs/demo --overwrite
-	@echo "The figures: runs/demo/curves.png runs/demo/regularization.png"
+	$(TRAIN) --save_dir $(DEMO)/none
+	$(TRAIN) --halo --xi 3e-3 --psi 1e-3 --save_dir $(DEMO)/halo
+	$(PRUNE) --resume $(DEMO)/none/final.pth.tar --save_dir $(DEMO)/none/pruned
+	$(PRUNE) --resume $(DEMO)/halo/final.pth.tar --save_dir $(DEMO)/halo/pruned
+	$(RUN) check_params.py $(DIGITS) --checkpoint $(DEMO)/halo/pruned/pruned_0.95.pth.tar \
+	  --compact $(DEMO)/halo_0.95.halo --plot $(DEMO)/layers.png --overwrite
+	$(RUN) compute_energy.py $(DIGITS) --checkpoint $(DEMO)/none/final.pth.tar $(DEMO)/halo/final.pth.tar \
+	  --labels none HALO --layers conv1 layer1.2.conv2 layer2.2.conv2 layer3.0.conv2 layer3.1.conv2 layer3.2.conv2 \
+	  --save $(DEMO)/energy --overwrite
+	@echo
+	@echo "Top-1 (%) on the test digits, dense and with this fraction of the convolution weights removed:"
+	@$(RUN) compare_pruning.py $(DEMO)/none/pruned/prune.json $(DEMO)/halo/pruned/prune.json \
+	  --labels "no penalty" HALO --save $(DEMO)/accuracy_vs_sparsity.png --overwrite
+	@echo
+	@echo "The figures:"
+	@ls $(DEMO)/*.png $(DEMO)/*/*.png
 
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(RUN) -m pytest
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

@@ -21,6 +21,12 @@ from utils.prune_run import prune_and_evaluate
 from utils.pruning import SCHEMES
 from utils.run import run_script
 
+PRUNE_ONLY = ("scheme", "recalibrate_bn")
+TRAIN_ONLY = (
+    *("penalty", "xi", "psi", "lambda_init", "reg_lr", "reg_wd", "released_lr", "evaluate", "val_split"),
+    *("epochs", "train_batch", "lr", "momentum", "wd", "schedule", "gamma"),
+)
+
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
@@ -42,12 +48,14 @@ def main(args: argparse.Namespace) -> dict:
     Returns:
         The content of summary.json or prune.json; with --evaluate, `loss`, `top1`, `top5` and `epoch`.
     """
-    if args.percent:
-        options.resolve_depth_option(args, resolve_depth)
-        options.resolve_prune(args)
-        return prune_and_evaluate(args)
-    options.resolve(args, depth_of=resolve_depth)
-    return train_or_evaluate(args)
+    if not args.percent:
+        options.refuse_changed(args, get_parser(), PRUNE_ONLY, reason="without --percent")
+        options.resolve(args, depth_of=resolve_depth)
+        return train_or_evaluate(args)
+    options.refuse_changed(args, get_parser(), TRAIN_ONLY, reason="with --percent, which prunes")
+    options.resolve_depth_option(args, resolve_depth)
+    options.resolve_prune(args)
+    return prune_and_evaluate(args)
 
 
 if __name__ == "__main__":

@@ -218,6 +218,14 @@ def test_a_diverging_run_says_where_and_keeps_the_last_good_checkpoint(tiny, tmp
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["epoch"] == 0
 
 
+def test_an_epoch_that_ends_in_nan_is_not_saved(tiny, tmp_path, fails):
+    """One batch an epoch: its loss is finite, and what its step did shows in no later loss."""
+    status, line = fails(*tiny, "--train_batch", "36", "--lr", "1e38", "--wd", "10")
+    assert status == 1 and "epoch 1, batch 1" in line and "infinite or NaN" in line
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["epoch"] == 0
+    assert not (tmp_path / "run" / "model_best.pth.tar").exists()
+
+
 def test_a_disk_that_fills_keeps_the_last_checkpoint(tiny, tmp_path):
     import resource
 

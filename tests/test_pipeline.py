@@ -279,6 +279,22 @@ def test_bad_options_of_the_stages(network, tmp_path, fails_in, monkeypatch, sta
     assert code == status and words in line
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--percent", "0.5", "--halo", "--resume", "x"], "--halo does nothing with --percent"),
+        (["--percent", "0.5", "--epochs", "3", "--resume", "x"], "--epochs does nothing"),
+        (["--scheme", "random"], "--scheme does nothing without --percent"),
+        (["--percent", "0.5"], "--resume"),
+        (["-a", "resnet"], "resnet"),
+        (["-d", "cifar10"], "cifar10"),
+    ],
+)
+def test_mnist_refuses_options_that_do_nothing(fails_in, options, words):
+    status, line = fails_in(mnist.mnist, *options)
+    assert status == 2 and words in line
+
+
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 def test_outputs_are_not_replaced_by_accident(network, tmp_path, fails_in, stage):
     options, model = network

@@ -120,7 +120,8 @@ class Experiment:
         return self.result() | {
             "optimizer": self.optimizers[0].state_dict(),
             "reg_optimizer": self.optimizers[1].state_dict() if len(self.optimizers) > 1 else None,
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            # without the milestones, which are no plain type and stand in the config
+            "schedulers": [{k: v for k, v in s.state_dict().items() if k != "milestones"} for s in self.schedulers],
             "history": self.history,
             "rng": {"torch": torch.get_rng_state(), "data": self.generator.get_state(), "cuda": cuda},
         }
@@ -240,7 +241,7 @@ class Experiment:
         write_csv(self.folder / "log.csv", self.history)
 
     def _where_to_go_on(self) -> str:
-        arguments = [a for a in sys.argv[1:] if a != "--overwrite"]
+        arguments = [a for a in sys.argv[1:] if a != "--overwrite" and not a.startswith("--resume=")]
         if "--resume" in arguments:
             position = arguments.index("--resume")
             del arguments[position : position + 2]

@@ -94,7 +94,6 @@ def add_penalty(parser: argparse.ArgumentParser) -> None:
     """Add the penalties and their coefficients."""
     group = parser.add_argument_group("penalty (one at most)")
     flags = group.add_mutually_exclusive_group()
-    parser.set_defaults(penalty="none")
     meanings = {
         "halo": "one learned coefficient per weight",
         "l1": "lasso",
@@ -102,9 +101,7 @@ def add_penalty(parser: argparse.ArgumentParser) -> None:
         "mcp": "minimax concave penalty",
     }
     for name, text in meanings.items():
-        flags.add_argument(
-            f"--{name}", dest="penalty", action="store_const", const=name, default=argparse.SUPPRESS, help=text
-        )
+        flags.add_argument(f"--{name}", dest="penalty", action="store_const", const=name, default="none", help=text)
     add = group.add_argument
     add("--xi", type=real(0), help="strength of the penalty on |w|; None: 1e-8, for MCP 1e-4")
     add("--psi", type=real(0), help="pull on lam (HALO, SWS; None: 1e-8), concavity (MCP; None: 1000)")
@@ -213,6 +210,26 @@ def resolve_prune(args: argparse.Namespace) -> None:
         raise OptionError(f"--percent {' '.join(f'{p:g}' for p in args.percent)} names a ratio twice")
     if args.save_dir is None:
         args.save_dir = str(Path(args.resume).parent / "pruned")
+
+
+def refuse_changed(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, names: Iterable[str], *, reason: str
+) -> None:
+    """Refuse options that would do nothing.
+
+    Args:
+        args: the parsed options.
+        parser: knows their defaults.
+        names: options that must have them.
+        reason: why they do nothing, for the message.
+
+    Raises:
+        OptionError: one of them was given.
+    """
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            option = getattr(args, name) if name == "penalty" else name
+            raise OptionError(f"--{option} does nothing {reason}: leave it out")
 
 
 def _useless(option: str, penalty: str) -> NoReturn:

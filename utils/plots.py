@@ -88,6 +88,28 @@ def plot_accuracy_vs_sparsity(rows: Sequence[dict], path: str | Path, *, title: 
     save_figure(figure, path)
 
 
+def plot_comparison(runs: Mapping[str, Mapping[float, float]], path: str | Path, *, title: str) -> None:
+    """Draw top-1 against the fraction of weights removed, one line a run.
+
+    Args:
+        runs: label to ratio to top-1 in percent.
+        path: PNG to write.
+        title: what the figure shows.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, run) in enumerate(runs.items()):
+        ratios = sorted(run)
+        look, colour = ("o-", "s--", "^:", "D-.")[number % 4], (DARK, LIGHT, MIDDLE, "black", "#999999")[number % 5]
+        axes.plot(range(len(ratios)), [run[r] for r in ratios], look, color=colour, label=label)
+        axes.set_xticks(range(len(ratios)), ["dense" if r == 0 else f"{r:g}" for r in ratios])
+    axes.set(xlabel="fraction of the prunable weights removed (not to scale)", ylabel="test top-1 (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
 def plot_layers(layers: Sequence[dict], path: str | Path, *, title: str) -> None:
     """Draw sparsity and density of every layer as stacked bars (Figure 1a).
 

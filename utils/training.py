@@ -66,6 +66,7 @@ def train_one_epoch(
         metrics.add(loss, logits, labels)
     if losses:
         check_finite(losses, index, penalty, before)
+    check_state(model, index, penalty, before)
     return metrics.means()
 
 
@@ -74,12 +75,8 @@ def smallest_lambda(penalty: Penalty) -> float | None:
     return min((lam.detach().abs().min().item() for lam in penalty.lambdas.values()), default=None)
 
 
-@torch.no_grad()
 def check_finite(losses: list[Tensor], last: int, penalty: Penalty, smallest_before: float | None) -> None:
     """Raise if one of the last batches' cross-entropies is not finite.
-
-    The penalty is blamed where a lam is no longer finite, or where at the start of the epoch its slope at the
-    smallest |lam| exceeded any that a cross-entropy has; the cross-entropy otherwise.
 
     Args:
         losses: the cross-entropies since the last look.
@@ -94,18 +91,38 @@ def check_finite(losses: list[Tensor], last: int, penalty: Penalty, smallest_bef
     if values.isfinite().all():
         return
     first = int((~values.isfinite()).nonzero()[0])
+    what = f"batch {last - len(losses) + 1 + first}: the cross-entropy is {values[first].item()}"
+    raise NonFiniteLossError(f"{what}; {culprit(penalty, smallest_before)}")
+
+
+def check_state(model: nn.Module, last: int, penalty: Penalty, smallest_before: float | None) -> None:
+    """Raise if the last step of an epoch left something infinite or NaN, which no later loss of it would show.
+
+    Raises:
+        NonFiniteLossError: naming the batch, the tensor, the culprit and the smallest |lam|.
+    """
+    for name, tensor in {**model.state_dict(), **penalty.lambdas}.items():
+        if not tensor.isfinite().all():
+            what = f"batch {last}: its step made {name} infinite or NaN"
+            raise NonFiniteLossError(f"{what}; {culprit(penalty, smallest_before)}")
+
+
+@torch.no_grad()
+def culprit(penalty: Penalty, smallest_before: float | None) -> str:
+    """Say whether the cross-entropy or the penalty diverged, the remedy, and the smallest |lam|.
+
+    The penalty is blamed where a lam is no longer finite, or where at the start of the epoch its slope at the
+    smallest |lam| exceeded any that a cross-entropy has; the cross-entropy otherwise.
+    """
     lambdas_finite = all(lam.isfinite().all() for lam in penalty.lambdas.values())
     steep = penalty.strength(torch.tensor(smallest_before or 1.0)) > 10
-    where = f"batch {last - len(losses) + 1 + first}: the cross-entropy is {values[first].item()}"
     if not lambdas_finite or steep:
         cause = "the penalty did it: raise --lambda_init, lower --xi or --reg_lr"
     else:
         cause = "the cross-entropy did it: lower --lr"
-    smallest = ""
-    if smallest_before is not None:
-        now = smallest_lambda(penalty)
-        smallest = f"; smallest |lam| {smallest_before:.3g} when the epoch began, {now:.3g} now"
-    raise NonFiniteLossError(f"{where}; {cause}{smallest}")
+    if smallest_before is None:
+        return cause
+    return f"{cause}; smallest |lam| {smallest_before:.3g} when the epoch began, {smallest_lambda(penalty):.3g} now"
 
 
 @torch.inference_mode()
