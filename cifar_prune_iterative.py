@@ -24,7 +24,7 @@ def get_parser() -> argparse.ArgumentParser:
     options.add_prune(parser, SCHEMES)
     options.add_stage(parser)
     parser.add_argument("--resume", metavar="FILE", help="the checkpoint to prune")
-    parser.add_argument("--save_dir", metavar="DIR", help="the outputs; None: the folder pruned beside --resume")
+    parser.add_argument("--save_dir", metavar="DIR", help="the outputs (default: the folder pruned beside --resume)")
     parser.add_argument("--seed", type=options.whole(0), default=1, help="seed of the random schemes")
     return parser
 

@@ -18,7 +18,7 @@ def get_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = options.Parser(__doc__)
     parser.add_argument("reports", metavar="PRUNE_JSON", nargs="+", help="prune.json files of the same data set")
-    parser.add_argument("--labels", metavar="TEXT", nargs="+", help="names of the runs; None: their paths")
+    parser.add_argument("--labels", metavar="TEXT", nargs="+", help="names of the runs (default: their paths)")
     parser.add_argument("--save", metavar="FILE", help="draw the figure, as PNG")
     parser.add_argument("--overwrite", action="store_true", help="replace a figure that exists")
     return parser

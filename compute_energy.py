@@ -30,11 +30,11 @@ def get_parser() -> argparse.ArgumentParser:
     options.add_model(parser, ARCHS, default="vgg16_bn")
     options.add_stage(parser)
     parser.add_argument("--checkpoint", metavar="FILE", nargs="+", required=True, help="one or more, to overlay")
-    parser.add_argument("--labels", metavar="TEXT", nargs="+", help="names of the checkpoints; None: their paths")
+    parser.add_argument("--labels", metavar="TEXT", nargs="+", help="names of the checkpoints (default: their paths)")
     parser.add_argument("--save", metavar="OUT", required=True, help="writes OUT.npz, OUT.json and OUT.png")
     parser.add_argument("--split", choices=["train", "test"], default="train", help="images, without augmentation")
     parser.add_argument("--pool", choices=list(POOLS), default="max", help="how a map becomes one number")
-    parser.add_argument("--layers", metavar="NAME", nargs="+", help="only these layers; None: all")
+    parser.add_argument("--layers", metavar="NAME", nargs="+", help="only these layers (default: all)")
     return parser
 
 

@@ -54,10 +54,15 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert load_checkpoint(path)["epoch"] == 3 and len(list(tmp_path.iterdir())) == 1
 
 
-def test_release_format(tmp_path):
-    """The old, non-zip format with a DataParallel prefix."""
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_release_format(tmp_path, monkeypatch, device):
+    """The old, non-zip format with a DataParallel prefix, and tensors that say they were on a GPU."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: device)
     state = STATE | {"state_dict": {"module.w": torch.arange(4.0)}}
     torch.save(state, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
+    if device == "cuda:0" and not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(tmp_path / "old.pth.tar", weights_only=True)
     assert list(load_checkpoint(tmp_path / "old.pth.tar")["state_dict"]) == ["w"]
 
 

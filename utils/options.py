@@ -26,13 +26,20 @@ class OptionError(ValueError):
     """A wrong option or a wrong combination of options: exit status 2."""
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show defaults, except where the help text states what stands for None, and for flags."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, "none") else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and which takes no abbreviations."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(
             description=(description or "").split("\n")[0],
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
         # Before Python 3.14 argparse takes "-1e-8" for an option, and its error would not show the value.
@@ -87,7 +94,7 @@ def add_model(parser: argparse.ArgumentParser, archs: Iterable[str], *, default:
     """Add the options that choose the network."""
     group = parser.add_argument_group("network")
     group.add_argument("-a", "--arch", choices=list(archs), default=default, help="architecture")
-    group.add_argument("--depth", type=whole(1), help="depth of the network; None: what the arch implies")
+    group.add_argument("--depth", type=whole(1), help="depth of the network (default: what the arch implies)")
 
 
 def add_penalty(parser: argparse.ArgumentParser) -> None:
@@ -103,11 +110,11 @@ def add_penalty(parser: argparse.ArgumentParser) -> None:
     for name, text in meanings.items():
         flags.add_argument(f"--{name}", dest="penalty", action="store_const", const=name, default="none", help=text)
     add = group.add_argument
-    add("--xi", type=real(0), help="strength of the penalty on |w|; None: 1e-8, for MCP 1e-4")
-    add("--psi", type=real(0), help="pull on lam (HALO, SWS; None: 1e-8), concavity (MCP; None: 1000)")
-    add("--lambda_init", type=real(nonzero=True), help="starting value of lam; None: 1")
-    add("--reg_lr", type=real(0), help="learning rate of lam; None: that of the weights")
-    add("--reg_wd", type=real(0), help="weight decay of lam; None: that of the weights")
+    add("--xi", type=real(0), help="strength of the penalty on |w| (default: 1e-8, for MCP 1e-4)")
+    add("--psi", type=real(0), help="pull on lam (HALO, SWS; default: 1e-8), concavity (MCP; default: 1000)")
+    add("--lambda_init", type=real(nonzero=True), help="starting value of lam (default: 1)")
+    add("--reg_lr", type=real(0), help="learning rate of lam (default: that of the weights)")
+    add("--reg_wd", type=real(0), help="weight decay of lam (default: that of the weights)")
     add("--released_lr", action="store_true", help="decay the learning rates twice a milestone, as the release does")
 
 
@@ -128,7 +135,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the options of a run: where it writes, where it computes, what it starts from."""
     add = parser.add_argument_group("run").add_argument
-    add("--save_dir", metavar="DIR", help="the outputs; None: runs/<dataset>_<arch>_<penalty>_seed<k>")
+    add("--save_dir", metavar="DIR", help="the outputs (default: runs/<dataset>_<arch>_<penalty>_seed<k>)")
     add("--overwrite", action="store_true", help="replace the run that --save_dir holds")
     add("--resume", metavar="FILE", help="continue from this checkpoint")
     add("-e", "--evaluate", action="store_true", help="evaluate --resume on the test images and stop")
