@@ -13,6 +13,7 @@ from conftest import TINY, start
 import check_params
 import cifar
 import cifar_prune_iterative
+import compare_pruning
 import compute_energy
 import mnist.mnist
 from models import build_model
@@ -206,6 +207,22 @@ def test_energy_files(network, tmp_path):
     call(compute_energy, *options, *overlay, "--save", tmp_path / "two")
     with np.load(tmp_path / "two.npz") as arrays:
         assert list(arrays) == ["a/conv1", "a/layer3.0.conv2", "b/conv1", "b/layer3.0.conv2"]
+
+
+def test_comparison_of_runs(network, tmp_path, capsys, fails_in):
+    options, model = network
+    for name, ratios in (("a", ["0.5", "0.9"]), ("b", ["0.9"])):
+        prune = ["--percent", *ratios, "--resume", model, "--save_dir", tmp_path / name]
+        report = call(cifar_prune_iterative, *options, *prune)
+    files = [tmp_path / name / "prune.json" for name in ("a", "b")]
+    capsys.readouterr()
+    call(compare_pruning, *files, "--labels", "one", "two", "--save", tmp_path / "c.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| | dense | 0.9 |"  # the ratios that both have
+    assert lines[2] == f"| one | {report['before']['top1']:.2f} | {report['results'][0]['after']['top1']:.2f} |"
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert fails_in(compare_pruning, tmp_path / "c.png")[0] == 1
+    assert "--overwrite" in fails_in(compare_pruning, *files, "--save", tmp_path / "c.png")[1]
 
 
 def nan(path):
