@@ -92,6 +92,27 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def require_writable(folder: Path, *, make: bool) -> None:
+    """Find out before the work, not after it, whether files can be written to a folder.
+
+    Args:
+        folder: where files are to go.
+        make: make it if it is missing.
+
+    Raises:
+        OSError: it cannot be made or written to.
+    """
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / ".writable"):
+            pass
+        (folder / ".writable").unlink()
+    except OSError as error:
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
+        raise OSError(f"cannot write to the folder {folder} ({reason}): make it, or choose another folder") from error
+
+
 def prepare_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None:
     """Make the folder of a run, and refuse one that holds another run.
 
@@ -99,14 +120,7 @@ def prepare_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None
         ValueError: it holds a checkpoint that is not the one to resume, and `overwrite` is off.
         OSError: it cannot be made or written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / ".writable"):
-            pass
-        (folder / ".writable").unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot write to --save_dir {folder} ({reason}): choose another folder") from error
+    require_writable(folder, make=True)
     own = resume is not None and Path(resume).resolve().parent == folder.resolve()
     if (folder / "checkpoint.pth.tar").exists() and not own and not overwrite:
         raise ValueError(
@@ -124,16 +138,13 @@ def refuse_existing(paths: Iterable[Path], *, overwrite: bool, make_folder: bool
         make_folder: make the folder they go to if it is missing.
 
     Raises:
-        ValueError: a file exists already, or its folder does not.
-        OSError: the folder cannot be made.
+        ValueError: a file exists already.
+        OSError: a folder is missing, or cannot be made or written to.
     """
     for path in paths:
         if path.exists() and not overwrite:
             raise ValueError(f"{path} exists already: give --overwrite or another place")
-        if make_folder:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.parent.is_dir():
-            raise ValueError(f"{path.parent} is no folder: make it, or give another place for {path.name}")
+        require_writable(path.parent, make=make_folder)
 
 
 def clear_run(folder: Path) -> None:
