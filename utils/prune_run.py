@@ -23,24 +23,31 @@ from utils.training import evaluate
 
 
 @torch.no_grad()
-def recalibrate_batch_norm(model: nn.Module, data: Dataset, device: torch.device, *, images: int, batch: int) -> None:
-    """Estimate the statistics of every BatchNorm anew, as averages over training images without augmentation.
+def recalibrate_batch_norm(
+    model: nn.Module, data: Dataset, device: torch.device, *, images: int, batch: int, seed: int
+) -> None:
+    """Estimate the statistics of every BatchNorm anew, as averages over training images, augmented as in training.
+
+    Without the augmentation the black borders of the random crops are missing from the statistics, which costs even
+    an unpruned network accuracy (ResNet-20 on CIFAR-10, n = 1: 78.66 -> 73.13%).
 
     Args:
         model: the network, changed in place.
-        data: the images; the first `images` of a fixed random order are used.
+        data: the images.
         device: where the network is.
-        images: how many.
+        images: how many, chosen at random.
         batch: batch size.
+        seed: of the choice and the augmentation.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # average over all batches
-    chosen = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))[:images]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(data.train.labels), generator=generator)[:images]
     model.train()
-    for inputs, _ in make_loader(data, "train", device, batch_size=batch, only=chosen):
+    for inputs, _ in make_loader(data, "train", device, batch_size=batch, generator=generator, only=chosen):
         model(inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -103,7 +110,9 @@ def prune_and_evaluate(args: argparse.Namespace) -> dict:
         say(f"pruned {percent:g}: sparsity {result['sparsity']:.4f}  {_numbers(result['after'])}")
         _save(paths[f"{percent}"], state, model, args, result, accuracy=result["after"]["top1"])
         if args.recalibrate_bn:
-            recalibrate_batch_norm(model, data, device, images=args.recalibrate_bn, batch=args.test_batch)
+            recalibrate_batch_norm(
+                model, data, device, images=args.recalibrate_bn, batch=args.test_batch, seed=args.seed
+            )
             result["recalibrated"] = evaluate(model, loader, device=device)
             say(f"pruned {percent:g}, BatchNorm recalibrated: {_numbers(result['recalibrated'])}")
             path = paths[f"{percent} recalibrated"]
