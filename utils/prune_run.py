@@ -17,7 +17,7 @@ from utils.data import Dataset, load_dataset
 from utils.experiment import make_loader, memory_format
 from utils.logger import say, warn, write_csv
 from utils.parameters import prunable_weights
-from utils.pruning import SCHEMES, LayerSparsity, magnitude_threshold, overall_sparsity
+from utils.pruning import SCHEMES, LayerSparsity, magnitude_threshold, overall_sparsity, sparsity_per_layer
 from utils.run import choose_device, refuse_existing, set_seed, write_json
 from utils.training import evaluate
 
@@ -90,7 +90,7 @@ def prune_and_evaluate(args: argparse.Namespace) -> dict:
     model = build_model(args.arch, len(data.classes), args.depth).to(device, memory_format=memory_format(device))
     load_weights(model, state["state_dict"], path=args.resume)
     loader = make_loader(data, "test", device, batch_size=args.test_batch)
-    before = evaluate(model, loader, device=device)
+    before, weights = evaluate(model, loader, device=device), prunable_weights(model, linear=arch.linear)
     start = copy.deepcopy(model.state_dict())
     report = {
         "checkpoint": str(args.resume),
@@ -99,7 +99,7 @@ def prune_and_evaluate(args: argparse.Namespace) -> dict:
         "depth": args.depth,
         "scheme": args.scheme,
         "seed": args.seed,
-        "before": before | {"sparsity": _sparsity_before(model, linear=arch.linear)},
+        "before": before | {"sparsity": overall_sparsity(sparsity_per_layer(weights))},
         "results": [],
     }
     say(f"before: sparsity {report['before']['sparsity']:.4f}  {_numbers(before)}")
@@ -120,11 +120,6 @@ def prune_and_evaluate(args: argparse.Namespace) -> dict:
         report["results"].append(result)
     _write_report(paths, report)
     return report
-
-
-def _sparsity_before(model: nn.Module, *, linear: bool) -> float:
-    weights = prunable_weights(model, linear=linear)
-    return 1 - sum(int(w.count_nonzero()) for w in weights.values()) / sum(w.numel() for w in weights.values())
 
 
 def _numbers(result: dict) -> str:
