@@ -194,6 +194,7 @@ def _histogram(axes, values: np.ndarray, colour: str, label: str) -> None:
     axes.hist(values, bins=80, color=colour)
     axes.set(xlabel=label, ylabel="count")
     axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.tick_params(axis="x", labelrotation=20)
     axes.grid(alpha=0.3)
 
 
