@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 DEMO := runs/demo
 DIGITS := -d digits -a resnet --depth 20
-TRAIN := $(RUN) cifar.py $(DIGITS) --wd 0 --epochs 10 --schedule 6 8 --overwrite
+TRAIN := $(RUN) cifar.py $(DIGITS) --wd 0 --epochs 14 --schedule 9 12 --overwrite
 PRUNE := $(RUN) cifar_prune_iterative.py $(DIGITS) --percent 0.5 0.75 0.9 0.95 --overwrite
 
 .PHONY: demo test clean
@@ -12,7 +12,7 @@ PRUNE := $(RUN) cifar_prune_iterative.py $(DIGITS) --percent 0.5 0.75 0.9 0.95 -
 # The whole pipeline on real handwritten digits: train, prune, check, energy.
 demo: .venv/installed
 	$(TRAIN) --save_dir $(DEMO)/none
-	$(TRAIN) --halo --xi 3e-3 --psi 1e-3 --save_dir $(DEMO)/halo
+	$(TRAIN) --halo --xi 2e-3 --psi 2e-3 --save_dir $(DEMO)/halo
 	$(PRUNE) --resume $(DEMO)/none/final.pth.tar --save_dir $(DEMO)/none/pruned
 	$(PRUNE) --resume $(DEMO)/halo/final.pth.tar --save_dir $(DEMO)/halo/pruned
 	$(RUN) check_params.py $(DIGITS) --checkpoint $(DEMO)/halo/pruned/pruned_0.95.pth.tar \

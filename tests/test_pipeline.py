@@ -47,7 +47,7 @@ def network(images, tmp_path_factory):
 def test_the_pipeline_from_the_command_line(images, tmp_path, dataset):
     where = ["-d", dataset, "--data", images]
     net = ["-a", "resnet", "--depth", "8"]
-    run = ["--epochs", "2", "--schedule", "1", "--halo", "--xi", "1e-3", "--psi", "1e-3"]
+    run = ["--epochs", "1", "--halo", "--xi", "1e-3", "--psi", "1e-3"]
     command_line("cifar.py", *where, *net, *run, "--save_dir", tmp_path / "run")
     model = tmp_path / "run" / "final.pth.tar"
     pruned = tmp_path / "pruned"
