@@ -277,6 +277,7 @@ def test_bad_checkpoints_are_one_line(network, tmp_path, fails_in, stage, broken
         (cifar_prune_iterative, ["--percent", "-0.1"], 2, "-0.1"),
         (cifar_prune_iterative, ["--percent", "95%"], 2, "95%"),
         (cifar_prune_iterative, ["--percent", "0.5", "0.5"], 2, "twice"),
+        (cifar_prune_iterative, ["--percent", "1", "0.99999999"], 2, "twice"),  # both would be pruned_1.pth.tar
         (cifar_prune_iterative, ["--scheme", "smart"], 2, "smart"),
         (cifar_prune_iterative, ["--depth", "9"], 2, "9"),
         (compute_energy, ["--save", "nowhere/energy"], 1, "nowhere"),

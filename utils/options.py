@@ -213,8 +213,9 @@ def resolve_prune(args: argparse.Namespace) -> None:
     """
     if not args.percent or not args.resume:
         raise OptionError("pruning needs --percent P [P ...] and --resume FILE")
-    if len(set(args.percent)) < len(args.percent):
-        raise OptionError(f"--percent {' '.join(f'{p:g}' for p in args.percent)} names a ratio twice")
+    names = [f"{percent:g}" for percent in args.percent]  # as in the names of the files, to six digits
+    if len(set(names)) < len(names):
+        raise OptionError(f"--percent {' '.join(names)} names a ratio twice: each writes a file of its own")
     if args.save_dir is None:
         args.save_dir = str(Path(args.resume).parent / "pruned")
 

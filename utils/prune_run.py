@@ -73,7 +73,7 @@ def prune_and_evaluate(args: argparse.Namespace) -> dict:
     """Do what the options of a pruning script say.
 
     Args:
-        args: the options, after `options.resolve_stage`.
+        args: the options, after `options.resolve_prune`.
 
     Returns:
         The content of prune.json.
