@@ -38,4 +38,4 @@ def main(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main, get_parser())
+    run_script(main, get_parser(), distributed=True)

@@ -43,15 +43,14 @@ def measure(path: str, args: argparse.Namespace, data: Dataset) -> dict[str, tor
     arch, device = ARCHS[args.arch], choose_device(args.device)
     model = build_model(args.arch, len(data.classes), args.depth)
     load_weights(model, load_checkpoint(path)["state_dict"], path=path)
-    model.to(device, memory_format=memory_format(device))
+    model.to(device, memory_format=memory_format(args.arch, device))
     layers = measured_layers(model, linear=arch.linear)
     unknown = [name for name in args.layers or [] if name not in layers]
     if unknown:
         raise options.OptionError(f"--layers {unknown[0]}: no such layer; choose from {', '.join(layers)}")
     chosen = {name: layers[name] for name in args.layers or layers}
-    return layer_energies(
-        model, chosen, make_loader(data, args.split, device, batch_size=args.test_batch), pool=args.pool
-    )
+    loader = make_loader(data, args.split, device, arch=args.arch, batch_size=args.test_batch)
+    return layer_energies(model, chosen, loader, pool=args.pool)
 
 
 def describe(energies: dict[str, torch.Tensor]) -> dict:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 from models import MNIST_ARCHS, resolve_depth
 from utils import options
 from utils.data import GREY, datasets_of
+from utils.distributed import processes
 from utils.experiment import train_or_evaluate
 from utils.prune_run import prune_and_evaluate
 from utils.pruning import SCHEMES
@@ -24,7 +25,7 @@ from utils.run import run_script
 PRUNE_ONLY = ("scheme", "recalibrate_bn")
 TRAIN_ONLY = (
     *("penalty", "xi", "psi", "lambda_init", "reg_lr", "reg_wd", "released_lr", "evaluate", "val_split"),
-    *("epochs", "train_batch", "lr", "momentum", "wd", "schedule", "gamma"),
+    *("epochs", "train_batch", "lr", "momentum", "wd", "schedule", "gamma", "amp", "compile"),
 )
 
 
@@ -52,6 +53,8 @@ def main(args: argparse.Namespace) -> dict:
         options.refuse_changed(args, get_parser(), PRUNE_ONLY, reason="without --percent")
         options.resolve(args, depth_of=resolve_depth)
         return train_or_evaluate(args)
+    if processes() > 1:
+        raise options.OptionError("--percent prunes in one process: start it with python, not torchrun")
     options.refuse_changed(args, get_parser(), TRAIN_ONLY, reason="with --percent, which prunes")
     options.resolve_depth_option(args, resolve_depth)
     options.resolve_prune(args)
@@ -59,4 +62,4 @@ def main(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main, get_parser())
+    run_script(main, get_parser(), distributed=True)

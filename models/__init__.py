@@ -22,15 +22,18 @@ class Arch(NamedTuple):
     linear: bool  # whether linear layers are penalised and pruned too
     depth: int | None  # what the name implies; None: the architecture has no depth to choose
     depths: tuple[int, ...] = ()  # other depths that --depth may choose
+    channels_last: bool = False  # whether a step on CPU takes less time in this layout (measured, benchmarks/)
 
 
 RESNET_DEPTHS = tuple(depth for depth in range(8, 165) if blocks_per_stage(depth))
 ARCHS: dict[str, Arch] = {
-    f"vgg{depth}{suffix}": Arch(partial(VGG, depth, batch_norm=bool(suffix)), (3, 32, 32), False, depth)
+    f"vgg{depth}{suffix}": Arch(
+        partial(VGG, depth, batch_norm=bool(suffix)), (3, 32, 32), False, depth, channels_last=True
+    )
     for depth in VGG_LAYERS
     for suffix in ("", "_bn")
 }
-ARCHS["resnet"] = Arch(ResNet, (3, 32, 32), False, 50, RESNET_DEPTHS)
+ARCHS["resnet"] = Arch(ResNet, (3, 32, 32), False, 50, RESNET_DEPTHS, channels_last=True)
 ARCHS["lenet_300_100"] = Arch(LeNet300, (1, 28, 28), True, None)
 ARCHS["LeNet31"] = ARCHS["lenet_300_100"]
 ARCHS["lenet_5"] = Arch(LeNet5, (1, 28, 28), True, None)

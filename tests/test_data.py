@@ -41,7 +41,7 @@ def dataset(count=50, *, flip=True):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_normalisation_equals_torchvision(memory_format):
     data = dataset()
-    images, labels = next(iter(Loader(data.test, data, batch_size=50, memory_format=memory_format)))
+    images, labels, _ = next(iter(Loader(data.test, data, batch_size=50, memory_format=memory_format)))
     expected = reference.normalize(SAMPLES[:50].float() / 255, data.mean, data.std)
     torch.testing.assert_close(images, expected, rtol=0, atol=2e-6)
     assert images.is_contiguous(memory_format=memory_format) and torch.equal(labels, torch.arange(50))
@@ -50,7 +50,7 @@ def test_normalisation_equals_torchvision(memory_format):
 def test_an_epoch_shows_every_image_once_in_a_new_order():
     data = dataset()
     loader = Loader(data.train, data, batch_size=16, generator=torch.Generator().manual_seed(1))
-    epochs = [torch.cat([labels for _, labels in loader]) for _ in range(2)]
+    epochs = [torch.cat([labels for _, labels, _ in loader]) for _ in range(2)]
     assert len(loader) == 4 and not torch.equal(*epochs)
     assert all(torch.equal(labels.sort().values, torch.arange(50)) for labels in epochs)
 
@@ -61,7 +61,7 @@ def test_every_image_is_a_crop_or_flip_of_its_own():
     plain = loader.normalize(crop_everywhere(SAMPLES[:10]))
     seen_offsets = set()
     for _ in range(20):
-        images, labels = next(iter(loader))
+        images, labels, _ = next(iter(loader))
         for image, label in zip(images, labels, strict=True):
             matches = [i for i, c in enumerate(plain[label * 162 : (label + 1) * 162]) if torch.equal(c, image)]
             assert len(matches) == 1
@@ -84,7 +84,7 @@ def test_same_generator_same_batches_and_its_state_continues():
     expected = list(first)
     again = torch.Generator()
     again.set_state(state)
-    for (x, y), (u, v) in zip(Loader(data.train, data, batch_size=16, generator=again), expected, strict=True):
+    for (x, y, _), (u, v, _) in zip(Loader(data.train, data, batch_size=16, generator=again), expected, strict=True):
         assert torch.equal(x, u) and torch.equal(y, v)
 
 
@@ -93,7 +93,7 @@ def test_without_flip_nothing_is_mirrored():
     loader = Loader(data.train, data, batch_size=10, generator=torch.Generator().manual_seed(1))
     plain = loader.normalize(crop_everywhere(SAMPLES[:10]))
     for _ in range(5):
-        images, labels = next(iter(loader))
+        images, labels, _ = next(iter(loader))
         for image, label in zip(images, labels, strict=True):
             unflipped = plain[label * 162 : label * 162 + 81]
             assert any(torch.equal(c, image) for c in unflipped)
@@ -121,12 +121,12 @@ def test_grey_digits_and_mnist_are_plain_pixels(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "MNIST", Official)
     mnist = load_dataset("mnist", tmp_path, shape=(1, 28, 28))
-    images, labels = next(iter(Loader(mnist.train, mnist, batch_size=4, generator=torch.Generator())))
+    images, labels, _ = next(iter(Loader(mnist.train, mnist, batch_size=4, generator=torch.Generator())))
     assert images.shape == (4, 1, 28, 28) and (images == 1).all() and labels.sort().values.tolist() == [1, 1, 3, 4]
     assert next(iter(Loader(mnist.test, mnist, batch_size=4)))[0].unique().tolist() == [pytest.approx(0.2)]
     digits = load_dataset("digits", tmp_path, shape=(1, 28, 28))
     loader = Loader(digits.train, digits, batch_size=1437, generator=torch.Generator())
-    images, labels = next(iter(loader))
+    images, labels, _ = next(iter(loader))
     order = torch.randperm(1437, generator=torch.Generator())
     assert torch.equal((images * 255).round(), digits.train.images[order].float())  # shuffled, not augmented
 

@@ -162,7 +162,7 @@ def test_recalibrated_statistics_are_those_of_the_images(network, images, tmp_pa
     generator = torch.Generator().manual_seed(1)  # of --seed
     chosen = torch.randperm(36, generator=generator)
     train = Split(data.train.images[chosen], data.train.labels[chosen])
-    pixels, _ = next(iter(Loader(train, data, batch_size=36, generator=generator)))
+    pixels, *_ = next(iter(Loader(train, data, batch_size=36, generator=generator)))
     output = torch.nn.functional.conv2d(pixels, fresh["state_dict"]["conv1.weight"], padding=1)
     torch.testing.assert_close(fresh["state_dict"]["bn1.running_mean"], output.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(

@@ -7,6 +7,7 @@ from torch import nn
 
 from utils import HALO, L1, make_penalty, penalized_parameters
 from utils.experiment import milestones
+from utils.lambda_sgd import LambdaSGD
 from utils.training import NonFiniteLossError, evaluate, train_one_epoch
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def test_zero_learning_rate_changes_nothing():
     model, batches = toy()
     before = [p.clone() for p in model.parameters()]
     penalty = HALO(penalized_parameters(model), xi=1, psi=1)
-    train_one_epoch(model, batches, penalty, [sgd(model.parameters(), 0), sgd(penalty.parameters(), 0)], device=CPU)
+    train_one_epoch(model, batches, penalty, sgd(model.parameters(), 0), LambdaSGD(penalty, lr=0), device=CPU)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all((lam == 1).all() for lam in penalty.parameters())
 
@@ -56,15 +57,15 @@ def test_an_epoch_equals_autograd_of_the_whole_objective(name):
     (model, batches), (plain, _) = toy(), toy()
     penalty = make_penalty(name, penalized_parameters(model), **coefficients)
     oracle = make_penalty(name, penalized_parameters(plain), **coefficients)
-    optimizers = [sgd(m.parameters(), 0.05) for m in (model, penalty, plain, oracle) if list(m.parameters())]
-    half = len(optimizers) // 2
-    result = train_one_epoch(model, batches, penalty, optimizers[:half], device=CPU)
+    learned = [LambdaSGD(penalty, lr=0.05, momentum=0.9)] if list(penalty.parameters()) else []
+    optimizers = [sgd(m.parameters(), 0.05) for m in (plain, oracle) if list(m.parameters())]
+    result = train_one_epoch(model, batches, penalty, sgd(model.parameters(), 0.05), *learned, device=CPU)
     losses = []
     for images, labels in batches:
         loss = F.cross_entropy(plain(images), labels)
         (loss + oracle()).backward()
         losses += [loss.item()] * len(labels)
-        for optimizer in optimizers[half:]:
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     assert result["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
@@ -74,7 +75,7 @@ def test_an_epoch_equals_autograd_of_the_whole_objective(name):
     if name != "none":
         start, _ = toy()
         reference = make_penalty("none", penalized_parameters(start))
-        train_one_epoch(start, batches, reference, [sgd(start.parameters(), 0.05)], device=CPU)
+        train_one_epoch(start, batches, reference, sgd(start.parameters(), 0.05), device=CPU)
         assert not torch.allclose(start[0].weight, model[0].weight, atol=1e-5)  # the penalty had a part in it
 
 
@@ -82,18 +83,19 @@ def test_a_diverging_cross_entropy_is_blamed():
     model, batches = toy()
     batches[1] = (batches[1][0] * float("inf"), batches[1][1])
     penalty = HALO(penalized_parameters(model), xi=1e-4, psi=1e-4)
-    optimizers = [sgd(model.parameters(), 0.1), sgd(penalty.parameters(), 0.1)]
+    optimizers = [sgd(model.parameters(), 0.1), LambdaSGD(penalty, lr=0.1)]
     with pytest.raises(NonFiniteLossError, match=r"batch 2: .* nan; the cross-entropy did it.*smallest \|lam\| 1"):
-        train_one_epoch(model, batches, penalty, optimizers, device=CPU)
+        train_one_epoch(model, batches, penalty, *optimizers, device=CPU)
 
 
 @pytest.mark.parametrize("make", [lambda p: HALO(p, xi=1e-8, psi=0, lambda_init=1e-20), lambda p: L1(p, xi=1e38)])
 def test_a_diverging_penalty_is_blamed(make):
     model, batches = toy()
     penalty = make(penalized_parameters(model))
-    optimizers = [sgd(model.parameters(), 10.0)] + [sgd(lam, 0.1) for lam in [list(penalty.parameters())] if lam]
+    learned = [LambdaSGD(penalty, lr=0.1, momentum=0.9)] if list(penalty.parameters()) else []
+    optimizers = [sgd(model.parameters(), 10.0), *learned]
     with pytest.raises(NonFiniteLossError, match="batch [23]: .*the penalty did it"):
-        train_one_epoch(model, batches, penalty, optimizers, device=CPU)
+        train_one_epoch(model, batches, penalty, *optimizers, device=CPU)
 
 
 def rates(schedule, *, released):

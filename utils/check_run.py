@@ -41,10 +41,10 @@ def check(args: argparse.Namespace) -> dict:
     classes = NUM_CLASSES.get(args.dataset, _classes_in(state)) if data is None else len(data.classes)
     model = build_model(args.arch, classes, args.depth)
     load_weights(model, state["state_dict"], path=args.checkpoint)
-    model.to(device, memory_format=memory_format(device))
+    model.to(device, memory_format=memory_format(args.arch, device))
     report = {"checkpoint": str(args.checkpoint), "stored_top1": state.get("acc"), **describe_sparsity(model, args)}
     if data is not None:
-        loader = make_loader(data, "test", device, batch_size=args.test_batch)
+        loader = make_loader(data, "test", device, arch=args.arch, batch_size=args.test_batch)
         report["test"] = evaluate(model, loader, device=device)
     if args.compact:
         report["compact"] = write_compact(Path(args.compact), state, model, args)

@@ -28,6 +28,20 @@ class Split(NamedTuple):
         return Split(self.images.to(device), self.labels.to(device))
 
 
+class Batch(NamedTuple):
+    """What one process trains on in one step.
+
+    Attributes:
+        images: (N, *shape), fp32, normalised.
+        labels: (N,), int64.
+        weight: what its mean loss counts for in the mean over processes; 1 where there is one process.
+    """
+
+    images: Tensor
+    labels: Tensor
+    weight: float = 1.0
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A data set in memory.
@@ -275,14 +289,17 @@ class Loader:
     """Batches of normalised images from memory, in a random order and augmented if there is a generator.
 
     Order, offsets and flips of an epoch are drawn at its start from `generator`, so its state at the end of an
-    epoch is all that a resumed run needs.
+    epoch is all that a resumed run needs. Each of several processes draws the same and takes its share.
 
     Args:
         split: images and labels; they are used where they are.
         dataset: says how to normalise and augment.
-        batch_size: images a batch; the last one may be smaller.
+        batch_size: images a batch, over all processes; the last one may be smaller.
         generator: of the host; None for the images in order, as they are.
         memory_format: of the batches.
+        rank: number of this process, from 0.
+        processes: how many share the batches. With a generator each takes every `processes`-th image of every
+            batch, else every `processes`-th batch.
     """
 
     def __init__(
@@ -293,37 +310,48 @@ class Loader:
         batch_size: int,
         generator: torch.Generator | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
         self.split, self.dataset, self.batch_size, self.generator = split, dataset, batch_size, generator
-        self.memory_format = memory_format
+        self.memory_format, self.rank, self.processes = memory_format, rank, processes
         mean, std = (torch.tensor(v, device=split.images.device)[:, None, None] for v in (dataset.mean, dataset.std))
         self.factor, self.offset = 1 / (255 * std), -mean / std
 
     def __len__(self) -> int:
-        """Return the number of batches."""
+        """Return the number of batches, over all processes."""
         return -(-len(self.split.labels) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images (N, *shape), fp32, and labels (N,)."""
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this process's share of every batch."""
         yield from self._ordered() if self.generator is None else self._augmented()
 
-    def _ordered(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in zip(*(t.split(self.batch_size) for t in self.split), strict=True):
-            yield self.normalize(images), labels
+    def _ordered(self) -> Iterator[Batch]:
+        batches = [*zip(*(t.split(self.batch_size) for t in self.split), strict=True)]
+        for images, labels in batches[self.rank :: self.processes]:
+            yield Batch(self.normalize(images), labels)
 
-    def _augmented(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _augmented(self) -> Iterator[Batch]:
         count, device = len(self.split.labels), self.split.images.device
         order = torch.randperm(count, generator=self.generator)
         offsets = torch.randint(2 * self.dataset.padding + 1, (2, count), generator=self.generator)
         mirrored = torch.rand(count, generator=self.generator) < 0.5
         drawn = [t.to(device).split(self.batch_size) for t in (order, offsets[0], offsets[1], mirrored)]
-        for index, top, left, mirror in zip(*drawn, strict=True):
+        for whole in zip(*drawn, strict=True):
+            index, top, left, mirror = (t[self._share(t)] for t in whole)
             images = self.split.images[index]
             if self.dataset.padding:
                 images = crop(images, top, left, padding=self.dataset.padding)
             if self.dataset.flip:
                 images = flip(images, mirror)
-            yield self.normalize(images), self.split.labels[index]
+            yield Batch(self.normalize(images), self.split.labels[index], self._weight(len(whole[0])))
+
+    def _share(self, whole: Tensor) -> slice:
+        # A process without an image of a small last batch takes the first one, with weight 0.
+        return slice(self.rank, None, self.processes) if self.rank < len(whole) else slice(1)
+
+    def _weight(self, size: int) -> float:
+        return len(range(self.rank, size, self.processes)) * self.processes / size
 
     def normalize(self, images: Tensor) -> Tensor:
         """Turn pixels 0..255 into (pixel / 255 - mean) / std."""

@@ -134,6 +134,6 @@ def layer_energies(
 
     model.eval()
     with watch_outputs(layers, see):
-        for images, _ in batches:
+        for images, *_ in batches:
             model(images)
     return {name: eigenvalue_energy(statistics[name].covariance()) for name in layers}

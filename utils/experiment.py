@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,26 @@ from models import ARCHS, build_model
 from utils import plots
 from utils.atomic import atomic_write
 from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from utils.compiled import CompiledNetwork
 from utils.data import Dataset, Loader, Split, load_dataset
+from utils.distributed import (
+    average_buffers_,
+    is_main,
+    lost,
+    main_first,
+    process_group,
+    processes,
+    rank,
+    replicate,
+    require_equal,
+)
+from utils.lambda_sgd import FusedHALO, LambdaSGD
 from utils.logger import BatchBar, epoch_line, say, warn, write_csv
+from utils.options import OptionError
 from utils.parameters import penalized_parameters
-from utils.penalties import Penalty, make_penalty
+from utils.penalties import HALO, Penalty, make_penalty
+from utils.precision import Precision
 from utils.run import (
-    Interrupted,
     choose_device,
     clear_run,
     describe,
@@ -36,8 +51,8 @@ from utils.run import (
 from utils.statistics import flatten, near_zero, penalty_statistics
 from utils.training import NonFiniteLossError, evaluate, train_one_epoch
 
-# Options that a resumed run may change: none of them alters what an epoch computes.
-FREE_ON_RESUME = {"epochs", "data", "save_dir", "device", "test_batch", "overwrite", "resume", "evaluate"}
+# Options that a resumed run may change: none of them alters what an epoch computes, beyond the order of sums.
+FREE_ON_RESUME = {"epochs", "data", "save_dir", "device", "test_batch", "overwrite", "resume", "evaluate", "compile"}
 
 
 def milestones(schedule: Sequence[int], *, released: bool) -> tuple[list[int], list[int]]:
@@ -84,11 +99,15 @@ class Experiment:
         self.folder = Path(args.save_dir)
         self.history: list[dict] = []  # the rows of log.csv
         self.held_out = "val" if args.val_split else "test"
-        self.train_loader = make_loader(data, "train", device, batch_size=args.train_batch, generator=generator)
-        self.held_out_loader = make_loader(data, self.held_out, device, batch_size=args.test_batch)
-        self.optimizers = [SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd, fused=True)]
-        if learned := list(penalty.parameters()):
-            self.optimizers += [SGD(learned, args.reg_lr, momentum=args.momentum, weight_decay=args.reg_wd, fused=True)]
+        loader = partial(make_loader, data, device=device, arch=args.arch)
+        self.train_loader = loader("train", batch_size=args.train_batch, generator=generator)
+        self.held_out_loader = loader(self.held_out, batch_size=args.test_batch)
+        self.precision = Precision(device, args.amp)
+        self.forward = replicate(model, device)
+        if args.compile:
+            self.forward = CompiledNetwork(self.forward, batch_size=len(range(rank(), args.train_batch, processes())))
+        weights = SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd, fused=True)
+        self.optimizers = [weights, *make_lambda_sgd(penalty, args)]
         both = milestones(args.schedule, released=args.released_lr)
         self.schedulers = [MultiStepLR(o, m, gamma=args.gamma) for o, m in zip(self.optimizers, both, strict=False)]
 
@@ -122,6 +141,7 @@ class Experiment:
             "reg_optimizer": self.optimizers[1].state_dict() if len(self.optimizers) > 1 else None,
             # without the milestones, which are no plain type and stand in the config
             "schedulers": [{k: v for k, v in s.state_dict().items() if k != "milestones"} for s in self.schedulers],
+            "scaler": self.precision.scaler.state_dict(),
             "history": self.history,
             "rng": {"torch": torch.get_rng_state(), "data": self.generator.get_state(), "cuda": cuda},
         }
@@ -143,6 +163,7 @@ class Experiment:
             optimizer.load_state_dict(value)
         for scheduler, value in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(value)
+        self.precision.scaler.load_state_dict(state["scaler"])
         self.history = state["history"]
         torch.set_rng_state(state["rng"]["torch"])
         self.generator.set_state(state["rng"]["data"])
@@ -150,7 +171,7 @@ class Experiment:
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
 
     def _check_same_run(self, state: dict, path: str | Path) -> None:
-        missing = [key for key in ("config", "optimizer", "schedulers", "history", "rng") if key not in state]
+        missing = [key for key in ("config", "optimizer", "schedulers", "scaler", "history", "rng") if key not in state]
         if missing:
             load_weights(self.model, state["state_dict"], path=path)  # another network is the better message
             raise CheckpointError(f"{path} holds no {missing[0]!r} to continue with: resume from a checkpoint.pth.tar")
@@ -170,14 +191,17 @@ class Experiment:
 
         Raises:
             NonFiniteLossError: the loss is not finite; the last good checkpoint stays.
-            Interrupted: Ctrl-C, with the command that continues.
+            KeyboardInterrupt: Ctrl-C or a signal to end, with the command that continues.
+            ConnectionError: another process of a distributed run ended; with the command that continues.
+            ReplicasDifferError: lam is not the same in all processes.
             OSError: a file cannot be written; the last one written stays.
         """
         late = [epoch for epoch in self.args.schedule if epoch >= self.args.epochs]
         if late:
             warn(f"no decay at --schedule {' '.join(map(str, late))}: the run has only --epochs {self.args.epochs}")
         if self.epoch == 0:
-            save_checkpoint(self.folder / "init.pth.tar", self.result())
+            if is_main():
+                save_checkpoint(self.folder / "init.pth.tar", self.result())
             self.save()
         while self.epoch < self.args.epochs:
             try:
@@ -188,7 +212,11 @@ class Experiment:
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(f"epoch {self.epoch + 1}, {error}. {self._where_to_go_on()}") from error
             except KeyboardInterrupt as error:
-                raise Interrupted(f"stopped. {self._where_to_go_on()}") from error
+                raise type(error)(f"stopped. {self._where_to_go_on()}") from error
+            except RuntimeError as error:
+                if processes() == 1:
+                    raise
+                raise ConnectionError(f"rank {rank()}: {lost(error)}. {self._where_to_go_on()}") from error
             say(epoch_line(self.history[-1], epochs=self.args.epochs))
         return self.finish()
 
@@ -204,10 +232,18 @@ class Experiment:
 
         try:
             train = train_one_epoch(
-                self.model, self.train_loader, self.penalty, self.optimizers, device=self.device, on_batch=show
+                self.model,
+                self.train_loader,
+                self.penalty,
+                *self.optimizers,
+                device=self.device,
+                forward=self.forward,
+                precision=self.precision,
+                on_batch=show,
             )
         finally:
             bar.close()
+        average_buffers_(self.model)
         training_seconds = time.perf_counter() - start
         for scheduler in self.schedulers:
             scheduler.step()
@@ -230,11 +266,15 @@ class Experiment:
         }
 
     def save(self) -> None:
-        """Write the best model, the checkpoint and the log, each atomically.
+        """Write the best model, the checkpoint and the log, each atomically, after a look at the other processes.
 
         The checkpoint is written after the best model: killed between the two, a resumed run repeats the epoch and
         writes the same best model again. log.csv follows from the checkpoint's history.
         """
+        require_equal(self.penalty.lambdas, "lam")
+        require_equal(self.model.state_dict(), "the network")
+        if not is_main():
+            return
         if self.history and self.best is self.history[-1]:
             save_checkpoint(self.folder / "model_best.pth.tar", self.result())
         save_checkpoint(self.folder / "checkpoint.pth.tar", self.state())
@@ -246,25 +286,27 @@ class Experiment:
             position = arguments.index("--resume")
             del arguments[position : position + 2]
         checkpoint = self.folder / "checkpoint.pth.tar"
-        command = shlex.join(["python", sys.argv[0], *arguments, "--resume", str(checkpoint)])
+        launcher = ["python"] if processes() == 1 else ["torchrun", "--nproc_per_node", str(processes())]
+        command = shlex.join([*launcher, sys.argv[0], *arguments, "--resume", str(checkpoint)])
         return f"{checkpoint} holds the last finished epoch ({self.epoch}); continue with: {command}"
 
     def finish(self) -> dict:
         """Write final.pth.tar, the arrays, the figures and summary.json; return the summary."""
-        save_checkpoint(self.folder / "final.pth.tar", self.result())
-        weights, lambdas = self._write_arrays()
         last, best = self.history[-1], self.best
         top1 = f"{self.held_out}_top1"
         summary = {
             "arguments": vars(self.args),
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "penalized_parameters": len(weights),
+            "penalized_parameters": sum(w.numel() for w in self.penalty.penalized.values()),
             "final": last,
             "best": {"epoch": best["epoch"], top1: best[top1]},
             "seconds": sum(row["seconds"] for row in self.history),
         }
-        if self.held_out == "val":
-            summary["test_of_best"] = self._test_best()
+        if not is_main():
+            return summary | self._test_best()
+        save_checkpoint(self.folder / "final.pth.tar", self.result())
+        weights, lambdas = self._write_arrays()
+        summary |= self._test_best()
         name = f"{self.args.dataset}, {self.args.arch}, penalty {self.args.penalty}, seed {self.args.seed}"
         result = f"{self.held_out} top-1 {last[top1]:.2f}% after {self.epoch} epochs"
         plots.plot_curves(self.history, self.folder / "curves.png", title=f"{result}\n{name}")
@@ -292,9 +334,26 @@ class Experiment:
         return weights, lambdas
 
     def _test_best(self) -> dict:
-        """Evaluate the best epoch's weights on the test images, once."""
+        """With held-out images, evaluate the best epoch's weights on the test images, once."""
+        if self.held_out == "test":
+            return {}
         path = self.folder / "model_best.pth.tar"
-        return evaluate_checkpoint(path, self.model, self.data, self.device, batch_size=self.args.test_batch)
+        result = evaluate_checkpoint(path, self.model, self.data, self.device, args=self.args)
+        return {"test_of_best": result}
+
+
+def make_lambda_sgd(penalty: Penalty, args: argparse.Namespace) -> list[LambdaSGD]:
+    """Return the optimizer of lam, in the fastest form there is here; none if nothing is learned."""
+    if not list(penalty.parameters()):
+        return []
+    factors = {"lr": args.reg_lr, "momentum": args.momentum, "weight_decay": args.reg_wd}
+    if not isinstance(penalty, HALO):
+        return [LambdaSGD(penalty, **factors)]
+    on_cpu = next(penalty.parameters()).device.type == "cpu"  # where the kernel is faster
+    optimizer = FusedHALO(penalty, **factors, compiled=args.compile and not on_cpu)
+    if optimizer.slow_because:
+        warn(f"HALO's step goes without its compiled kernel and takes longer: {optimizer.slow_because}")
+    return [optimizer]
 
 
 def make_loader(
@@ -302,17 +361,19 @@ def make_loader(
     split: str,
     device: torch.device,
     *,
+    arch: str,
     batch_size: int,
     generator: torch.Generator | None = None,
     only: torch.Tensor | None = None,
 ) -> Loader:
-    """Return batches of one split on the device, in the network's memory format.
+    """Return this process's share of the batches of one split, on the device.
 
     Args:
         data: the images.
         split: "train", "val" or "test".
         device: where the network is.
-        batch_size: images a batch.
+        arch: the architecture, whose layout the batches have.
+        batch_size: images a batch, over all processes.
         generator: shuffles and augments; None for the images in order, as they are.
         only: positions of the images to take; None for all.
     """
@@ -320,16 +381,18 @@ def make_loader(
     if only is not None:
         images = Split(images.images[only], images.labels[only])
     images = images.to(device)
-    return Loader(images, data, batch_size=batch_size, generator=generator, memory_format=memory_format(device))
+    layout, share = memory_format(arch, device), {"rank": rank(), "processes": processes()}
+    return Loader(images, data, batch_size=batch_size, generator=generator, memory_format=layout, **share)
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Return the layout of images and convolutions: channels_last on CPU, where a step takes a fifth less time."""
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+def memory_format(arch: str, device: torch.device) -> torch.memory_format:
+    """Return the layout of images and convolutions in which this architecture is fastest on this device."""
+    on_cpu = device.type == "cpu"  # nothing else was measured
+    return torch.channels_last if on_cpu and ARCHS[arch].channels_last else torch.contiguous_format
 
 
 def evaluate_checkpoint(
-    path: str | Path, model: nn.Module, data: Dataset, device: torch.device, *, batch_size: int
+    path: str | Path, model: nn.Module, data: Dataset, device: torch.device, *, args: argparse.Namespace
 ) -> dict:
     """Load a checkpoint into the network and evaluate it on the test images.
 
@@ -341,7 +404,8 @@ def evaluate_checkpoint(
     """
     state = load_checkpoint(path)
     load_weights(model, state["state_dict"], path=path)
-    result = evaluate(model, make_loader(data, "test", device, batch_size=batch_size), device=device)
+    loader = make_loader(data, "test", device, arch=args.arch, batch_size=args.test_batch)
+    result = evaluate(model, loader, device=device)
     return result | {"epoch": state.get("epoch")}
 
 
@@ -353,25 +417,48 @@ def train_or_evaluate(args: argparse.Namespace) -> dict:
 
     Returns:
         The content of summary.json; with --evaluate, `loss`, `top1`, `top5` and `epoch`.
+
+    Raises:
+        OptionError: --train_batch has no image for one of the processes.
     """
     device = choose_device(args.device)
+    if args.train_batch < processes():
+        raise OptionError(f"--train_batch {args.train_batch} is shared by {processes()} processes: give at least that")
     generator = set_seed(args.seed)
-    folder, arch = Path(args.save_dir), ARCHS[args.arch]
-    if not args.evaluate:
-        prepare_folder(folder, resume=args.resume, overwrite=args.overwrite)
-    data = load_dataset(args.dataset, args.data, shape=arch.shape, val_split=args.val_split)
-    model = build_model(args.arch, len(data.classes), args.depth).to(device, memory_format=memory_format(device))
-    if args.evaluate:
-        result = evaluate_checkpoint(args.resume, model, data, device, batch_size=args.test_batch)
+    with process_group(device):
+        with main_first():
+            if is_main() and not args.evaluate:
+                prepare_folder(Path(args.save_dir), resume=args.resume, overwrite=args.overwrite)
+            data = load_dataset(args.dataset, args.data, shape=ARCHS[args.arch].shape, val_split=args.val_split)
+        model = build_model(args.arch, len(data.classes), args.depth)
+        model.to(device, memory_format=memory_format(args.arch, device))
+        if not args.evaluate:
+            return train(args, data, model, device=device, generator=generator)
+        result = evaluate_checkpoint(args.resume, model, data, device, args=args)
         say(f"{args.resume}: test loss {result['loss']:.4f}  top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%")
         return result
 
+
+def train(
+    args: argparse.Namespace,
+    data: Dataset,
+    model: nn.Module,
+    *,
+    device: torch.device,
+    generator: torch.Generator,
+) -> dict:
+    """Train a network as the options say; see Experiment.
+
+    Returns:
+        The content of summary.json.
+    """
     coefficients = {"xi": args.xi, "psi": args.psi, "lambda_init": args.lambda_init}
-    penalty = make_penalty(args.penalty, penalized_parameters(model, linear=arch.linear), **coefficients)
+    penalty = make_penalty(args.penalty, penalized_parameters(model, linear=ARCHS[args.arch].linear), **coefficients)
     experiment = Experiment(args, data, model, penalty, device=device, generator=generator)
     if args.resume:
         experiment.load(args.resume)
-    else:
-        clear_run(folder)
-    write_json(folder / "config.json", describe(args, device))
+    elif is_main():
+        clear_run(experiment.folder)
+    if is_main():
+        write_json(experiment.folder / "config.json", describe(args, device))
     return experiment.run()

@@ -11,6 +11,7 @@ from pathlib import Path
 from progress.bar import Bar
 
 from utils.atomic import write_text
+from utils.distributed import is_main
 
 
 def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
@@ -36,7 +37,7 @@ class BatchBar:
     """
 
     def __init__(self, title: str, batches: int) -> None:
-        self.shown = sys.stderr.isatty()
+        self.shown = sys.stderr.isatty() and is_main()
         suffix = "%(index)d/%(max)d  ETA %(eta_td)s  %(numbers)s"
         # The cursor stays: a killed process could not bring it back.
         self.bar = Bar(title, max=batches, suffix=suffix, file=sys.stderr, hide_cursor=False, numbers="")
@@ -54,13 +55,15 @@ class BatchBar:
 
 
 def say(text: str) -> None:
-    """Print one line of results on standard output, at once."""
-    print(text, flush=True)
+    """Print one line of results on standard output, at once; of several processes only the first does."""
+    if is_main():
+        print(text, flush=True)
 
 
 def warn(text: str) -> None:
-    """Print one line on standard error that the user should read."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    """Print one line on standard error that the user should read; of several processes only the first does."""
+    if is_main():
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def epoch_line(row: dict, *, epochs: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from utils import distributed
+
 
 class Metrics:
     """Sum the loss, top-1 and top-5 hits over batches without waiting for the device.
@@ -23,6 +25,11 @@ class Metrics:
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         self.sums += torch.stack([loss.detach() * len(labels), ranked[:, 0].sum(), ranked.sum()])
         self.count += len(labels)
+
+    def reduce(self) -> None:
+        """Sum over the processes: call it in all of them, once, after the last batch."""
+        total = distributed.sum_(torch.cat([self.sums, self.sums.new_tensor([self.count])]))
+        self.sums, self.count = total[:3], total[3].item()
 
     def means(self) -> dict[str, float]:
         """Return mean loss, and top-1 and top-5 in percent. Waits for the device."""

@@ -122,7 +122,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     """Add the options of stochastic gradient descent."""
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=whole(1), default=160, metavar="N", help="passes over the training images")
-    add("--train_batch", type=whole(1), default=64, metavar="N", help="batch size")
+    add("--train_batch", type=whole(1), default=64, metavar="N", help="batch size, over all processes")
     add("--lr", type=real(0), default=0.1, help="learning rate")
     add("--momentum", type=real(0), default=0.9, help="momentum, of the weights and of lam")
     add("--wd", type=real(0), default=1e-4, help="weight decay")
@@ -130,6 +130,9 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--gamma", type=real(0), default=0.1, help="factor of each decay")
     text = "hold N training images out, choose the best epoch on them, read the test set once at the end"
     add("--val_split", type=whole(0), default=0, metavar="N", help=text)
+    text = "compute the network in bf16, or in fp16 with a scaled loss; weights and penalty stay in fp32"
+    add("--amp", choices=["bf16", "fp16"], nargs="?", const="bf16", help=text)
+    add("--compile", action="store_true", help="compile the network: up to a minute the first time, then cached")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

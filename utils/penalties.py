@@ -23,23 +23,24 @@ def _check(name: str, value: float, *, positive: bool = False) -> None:
         raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}, got {value}")
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether the elements lie in memory without gaps, as contiguous or channels_last."""
     return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape into aligned pieces of at most CHUNK elements.
+def pieces(*tensors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one shape into aligned pieces of at most `size` elements (None: CHUNK).
 
     An elementwise operation does not care about the order of the elements, so tensors of one dense layout are
     walked in the order of their memory; others are taken whole.
     """
-    first = tensors[0]
-    size = first.numel()
-    if size <= CHUNK or not _is_dense(first) or any(t.stride() != first.stride() for t in tensors):
+    first, size = tensors[0], size or CHUNK
+    total = first.numel()
+    if total <= size or not is_dense(first) or any(t.stride() != first.stride() for t in tensors):
         yield tensors
         return
-    flat = [t.as_strided((size,), (1,)) for t in tensors]
-    yield from zip(*(t.split(CHUNK) for t in flat), strict=True)
+    flat = [t.as_strided((total,), (1,)) for t in tensors]
+    yield from zip(*(t.split(size) for t in flat), strict=True)
 
 
 class Penalty(nn.Module):
@@ -88,7 +89,7 @@ class Penalty(nn.Module):
         """
         for name, w in self.penalized.items():
             if w.requires_grad:
-                self._add_weight_grad_(name, w, _grad(w))
+                self._add_weight_grad_(name, w, gradient(w))
 
     def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
         """Add d/dw for one tensor (and d/dlam where lam has its shape)."""
@@ -97,7 +98,8 @@ class Penalty(nn.Module):
         return w.to(self._dtype)
 
 
-def _grad(tensor: Tensor) -> Tensor:
+def gradient(tensor: Tensor) -> Tensor:
+    """Return `.grad`, made of zeros first if it is None."""
     if tensor.grad is None:
         tensor.grad = torch.zeros_like(tensor)
     return tensor.grad
@@ -157,15 +159,16 @@ class HALO(Penalty):
         """Add both gradients in one pass over pieces that stay in cache; see `Penalty.add_grad_`."""
         for name, lam in self.lambdas.items():
             w = self.penalized[name]
-            w_grad = [_grad(w)] if w.requires_grad else []
-            lam_grad = [_grad(lam)] if lam.requires_grad else []
-            for w_piece, lam_piece, *grads in _pieces(w, lam, *w_grad, *lam_grad):
+            w_grad = [gradient(w)] if w.requires_grad else []
+            lam_grad = [gradient(lam)] if lam.requires_grad else []
+            for w_piece, lam_piece, *grads in pieces(w, lam, *w_grad, *lam_grad):
                 w_piece = self._elements(w_piece)
-                strength = lam_piece.square().reciprocal_().mul_(self.xi)
+                inverse = lam_piece.reciprocal()
+                strength = inverse.square().mul_(self.xi)
                 if w_grad:
                     grads[0].add_(w_piece.sign().mul_(strength))
                 if lam_grad:
-                    slope = w_piece.abs().mul_(strength).div_(lam_piece)
+                    slope = strength.mul_(inverse).mul_(w_piece.abs())
                     grads[-1].add_(slope, alpha=-2).add_(lam_piece.sign(), alpha=self.psi)
 
 
@@ -196,7 +199,7 @@ class L1(Penalty):
         return super().forward() + self.scale * sum(self._elements(w).abs().sum() for w in self.penalized.values())
 
     def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
-        for w_piece, grad_piece in _pieces(w, grad):
+        for w_piece, grad_piece in pieces(w, grad):
             grad_piece.add_(self._elements(w_piece).sign(), alpha=self.scale)
 
 
@@ -244,10 +247,10 @@ class SWS(Penalty):
         super().add_grad_()
         if self.lam.requires_grad:
             norm = sum(torch.linalg.vector_norm(w, 1, dtype=self._dtype) for w in self.penalized.values())
-            _grad(self.lam).add_(-2 * self._scale * norm / self.lam + 2 * self.psi * self.lam)
+            gradient(self.lam).add_(-2 * self._scale * norm / self.lam + 2 * self.psi * self.lam)
 
     def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
-        for w_piece, grad_piece in _pieces(w, grad):
+        for w_piece, grad_piece in pieces(w, grad):
             grad_piece.add_(self._elements(w_piece).sign().mul_(self._scale))
 
 
@@ -286,7 +289,7 @@ class MCP(Penalty):
         return total
 
     def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
-        for w_piece, grad_piece in _pieces(w, grad):
+        for w_piece, grad_piece in pieces(w, grad):
             w_piece = self._elements(w_piece)
             slope = w_piece.abs().div_(-self.psi).add_(self.xi).clamp_(min=0)
             grad_piece.add_(slope.mul_(w_piece.sign()))

@@ -24,7 +24,7 @@ from utils.training import evaluate
 
 @torch.no_grad()
 def recalibrate_batch_norm(
-    model: nn.Module, data: Dataset, device: torch.device, *, images: int, batch: int, seed: int
+    model: nn.Module, data: Dataset, device: torch.device, *, arch: str, images: int, batch: int, seed: int
 ) -> None:
     """Estimate the statistics of every BatchNorm anew, as averages over training images, augmented as in training.
 
@@ -35,6 +35,7 @@ def recalibrate_batch_norm(
         model: the network, changed in place.
         data: the images.
         device: where the network is.
+        arch: its architecture.
         images: how many, chosen at random.
         batch: batch size.
         seed: of the choice and the augmentation.
@@ -47,7 +48,8 @@ def recalibrate_batch_norm(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(data.train.labels), generator=generator)[:images]
     model.train()
-    for inputs, _ in make_loader(data, "train", device, batch_size=batch, generator=generator, only=chosen):
+    loader = make_loader(data, "train", device, arch=arch, batch_size=batch, generator=generator, only=chosen)
+    for inputs, *_ in loader:
         model(inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -87,9 +89,10 @@ def prune_and_evaluate(args: argparse.Namespace) -> dict:
     refuse_existing(paths.values(), overwrite=args.overwrite, make_folder=True)
     state = load_checkpoint(args.resume)
     data = load_dataset(args.dataset, args.data, shape=arch.shape)
-    model = build_model(args.arch, len(data.classes), args.depth).to(device, memory_format=memory_format(device))
+    model = build_model(args.arch, len(data.classes), args.depth)
+    model.to(device, memory_format=memory_format(args.arch, device))
     load_weights(model, state["state_dict"], path=args.resume)
-    loader = make_loader(data, "test", device, batch_size=args.test_batch)
+    loader = make_loader(data, "test", device, arch=args.arch, batch_size=args.test_batch)
     before, weights = evaluate(model, loader, device=device), prunable_weights(model, linear=arch.linear)
     start = copy.deepcopy(model.state_dict())
     report = {
@@ -110,9 +113,8 @@ def prune_and_evaluate(args: argparse.Namespace) -> dict:
         say(f"pruned {percent:g}: sparsity {result['sparsity']:.4f}  {_numbers(result['after'])}")
         _save(paths[f"{percent}"], state, model, args, result, accuracy=result["after"]["top1"])
         if args.recalibrate_bn:
-            recalibrate_batch_norm(
-                model, data, device, images=args.recalibrate_bn, batch=args.test_batch, seed=args.seed
-            )
+            images = {"images": args.recalibrate_bn, "batch": args.test_batch}
+            recalibrate_batch_norm(model, data, device, arch=args.arch, **images, seed=args.seed)
             result["recalibrated"] = evaluate(model, loader, device=device)
             say(f"pruned {percent:g}, BatchNorm recalibrated: {_numbers(result['recalibrated'])}")
             path = paths[f"{percent} recalibrated"]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from utils.atomic import atomic_write, write_text
+from utils.distributed import is_main, processes
 from utils.options import OptionError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -30,40 +31,59 @@ RUN_FILES = """
 """.split()
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with the line that says how to go on."""
+class Terminated(KeyboardInterrupt):
+    """A signal to end, as a batch system sends it, or torchrun when another process of the job has ended."""
 
 
-def run_script(main: Callable[[argparse.Namespace], dict], parser: argparse.ArgumentParser) -> NoReturn:
+def terminate(signal_number: int, frame: object) -> NoReturn:
+    """Handle SIGTERM as Ctrl-C is handled."""
+    raise Terminated
+
+
+def run_script(
+    main: Callable[[argparse.Namespace], dict], parser: argparse.ArgumentParser, *, distributed: bool = False
+) -> NoReturn:
     """Run a script's main on the command line and end the process: what a user can cause is one line, no traceback.
 
-    Exit status: 0; 2 for wrong options; 130 for Ctrl-C; 1 for anything else that is wrong with the input.
+    Exit status: 0; 2 for wrong options; 130 for Ctrl-C; 143 for SIGTERM; 1 for anything else that is wrong.
+
+    Args:
+        main: takes the options.
+        parser: reads them.
+        distributed: whether main shares its work between the processes of torchrun.
     """
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, terminate)
     try:
+        if processes() > 1 and not distributed:
+            raise OptionError(f"{parser.prog} runs in one process: start it with python, not torchrun")
         main(args)
     except KeyboardInterrupt as error:
-        parser.exit(130, f"\n{parser.prog}: {error or 'interrupted'}\n")
+        parser.exit(143 if isinstance(error, Terminated) else 130, f"\n{parser.prog}: {error or 'interrupted'}\n")
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        parser.exit(2 if isinstance(error, OptionError) else 1, f"{parser.prog}: error: {text}\n")
+        wrong_options = isinstance(error, OptionError)  # the same in all processes: the first says it
+        message = f"{parser.prog}: error: {text}\n" if is_main() or not wrong_options else None
+        parser.exit(2 if wrong_options else 1, message)
     sys.exit(0)
 
 
 @contextmanager
 def interrupt_later() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block has ended, so that a save is never cut in two."""
+    """Hold Ctrl-C and SIGTERM back until the block has ended, so that a save is never cut in two."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received = []
-    previous = signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda *arguments: received.append(arguments)) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-    if received and callable(previous):
-        previous(*received[0])
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    for number, _ in received[:1]:
+        signal.raise_signal(number)
 
 
 def set_seed(seed: int) -> torch.Generator:
@@ -89,6 +109,9 @@ def choose_device(name: str) -> torch.device:
         name = next(device for device, there in available.items() if there)
     if not available[name]:
         raise OptionError(f"--device {name} is not available here: use --device auto or cpu")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun: one GPU a process
+        return torch.device("cuda", torch.cuda.current_device())
     return torch.device(name)
 
 
@@ -182,6 +205,7 @@ def describe(args: argparse.Namespace, device: torch.device) -> dict:
         "git_dirty": None if status is None else bool(status),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "device": str(device),
+        "processes": processes(),
         "hardware": torch.cuda.get_device_name(device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
     }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from utils.data import Batch
+from utils.lambda_sgd import LambdaSGD
 from utils.meters import Metrics
 from utils.penalties import Penalty
+from utils.precision import Precision
 
 # Reading a loss makes the host wait for an accelerator, so there only every CHECK_EVERY-th batch is looked at.
 CHECK_EVERY = 50
@@ -24,19 +27,25 @@ def train_one_epoch(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     penalty: Penalty,
-    optimizers: Sequence[Optimizer],
+    optimizer: Optimizer,
+    lam_optimizer: LambdaSGD | None = None,
     *,
     device: torch.device,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    precision: Precision | None = None,
     on_batch: Callable[[int, Metrics], None] | None = None,
 ) -> dict[str, float]:
     """Train for one pass over the batches: cross-entropy by autograd, the penalty's gradient in closed form.
 
     Args:
         model: the network, trained in place.
-        batches: images (N, 3, H, W) and labels (N,) on the device.
-        penalty: adds its gradient to the weights and to lam after each backward pass.
-        optimizers: of the weights and, if something is learned, of lam.
+        batches: images (N, *shape) and labels (N,) on the device, perhaps with a weight (`utils.data.Batch`).
+        penalty: its gradient is added to that of the weights after each backward pass, in fp32.
+        optimizer: of the weights.
+        lam_optimizer: of lam, if something is learned; it adds the penalty's gradient too.
         device: where all of them are.
+        forward: runs the network, compiled or distributed; None for the network itself.
+        precision: of the forward and backward pass; None for fp32.
         on_batch: called with the number of batches done and the metrics so far, where the host waits anyway.
 
     Returns:
@@ -46,11 +55,16 @@ def train_one_epoch(
         NonFiniteLossError: naming the batch and whether the cross-entropy or the penalty did it.
     """
     model.train()
+    forward, precision = forward or model, precision or Precision(device)
+    step_penalty = lam_optimizer.step if lam_optimizer else penalty.add_grad_
     metrics, losses = Metrics(device), []
     before = smallest_lambda(penalty)
     stride = 1 if device.type == "cpu" else CHECK_EVERY
-    for index, (images, labels) in enumerate(batches, start=1):
-        logits = model(images)
+    for index, batch in enumerate(batches, start=1):
+        images, labels, weight = Batch(*batch)
+        with precision.autocast():
+            logits = forward(images)
+        logits = logits.float()
         loss = F.cross_entropy(logits, labels)
         losses.append(loss.detach())
         if index % stride == 0:
@@ -58,15 +72,16 @@ def train_one_epoch(
             losses.clear()
             if on_batch:
                 on_batch(index, metrics)
-        loss.backward()
-        penalty.add_grad_()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        metrics.add(loss, logits, labels)
+        precision.backward(loss if weight == 1 else loss * weight, optimizer)
+        step_penalty()
+        precision.step(optimizer)
+        optimizer.zero_grad()
+        if weight:
+            metrics.add(loss, logits, labels)
     if losses:
         check_finite(losses, index, penalty, before)
     check_state(model, index, penalty, before)
+    metrics.reduce()
     return metrics.means()
 
 
@@ -139,7 +154,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, devi
     """
     model.eval()
     metrics = Metrics(device)
-    for images, labels in batches:
+    for images, labels, *_ in batches:
         logits = model(images)
         metrics.add(F.cross_entropy(logits, labels), logits, labels)
+    metrics.reduce()
     return metrics.means()

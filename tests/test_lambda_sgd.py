@@ -1,0 +1,187 @@
+"""The fast step of HALO: in each of its forms it is `add_grad_()` and SGD, and allocates nothing of their size."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import train
+from test_penalties import random_params, randomize
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import build_model
+from utils import HALO, lambda_sgd, penalized_parameters, penalties
+from utils.lambda_sgd import FusedHALO, LambdaSGD, load_kernel
+
+FACTORS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+FORMS = ["kernel", "pieces", "compiled"]
+# What benchmarks/README.md states of weights and lam after 200 steps: relative to the largest of their tensor.
+BOUND = 2e-4
+
+
+def no_kernel():
+    raise OSError("no C++ compiler g++ on the PATH")
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    """Run a test with the C++ kernel, with pieces of a few elements, and through torch.compile."""
+    if request.param != "kernel":
+        monkeypatch.setattr(lambda_sgd, "load_kernel", no_kernel)
+    if request.param == "pieces":
+        monkeypatch.setattr(lambda_sgd, "CHUNK", 7)
+    return {"compiled": request.param == "compiled"}
+
+
+def halo(params, *, coefficients=None):
+    penalty = HALO(params, **(coefficients or {"xi": 0.3, "psi": 0.2, "lambda_init": 0.7}))
+    randomize(penalty)
+    return penalty
+
+
+def test_one_step_equals_the_readable_one(form):
+    """Both signs of lam, a weight of 0, channels_last, and a gradient in another layout than its weight."""
+    pair = []
+    for make in (LambdaSGD, lambda *args, **kwargs: FusedHALO(*args, **kwargs, **form)):
+        params = random_params(torch.float32)
+        params["b.weight"].data[0, 0] = 0
+        for p in params.values():
+            p.grad = torch.ones(p.shape)
+        assert params["a.weight"].grad.stride() != params["a.weight"].stride()
+        optimizer = make(halo(params), **FACTORS)
+        for _ in range(2):
+            optimizer.step()
+        state = [optimizer.state[lam]["momentum_buffer"] for lam in optimizer.penalty.lambdas.values()]
+        pair.append([*(p.grad for p in params.values()), *optimizer.penalty.lambdas.values(), *state])
+    for slow, fast in zip(*pair, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
+    assert any((lam < 0).any() for lam in pair[0]) and pair[0][2][0, 0] == 1  # the weight 0 has no slope
+
+
+def test_by_hand():
+    w = nn.Parameter(torch.tensor([0.5, -2.0]))
+    w.grad = torch.tensor([1.0, 1.0])
+    penalty = HALO({"w": w}, xi=0.1, psi=0.01, lambda_init=2.0)
+    penalty.lambdas["w"].data[1] = -1.0
+    optimizer = FusedHALO(penalty, lr=0.5, momentum=0.9, weight_decay=0.1)
+    assert optimizer.slow_because is None
+    optimizer.step()
+    assert w.grad.tolist() == pytest.approx([1.025, 0.9])
+    # slopes -0.0025 and 0.39 (test_penalties), plus the decays 0.1 * 2 and 0.1 * -1
+    assert penalty.lambdas["w"].tolist() == pytest.approx([2 - 0.5 * 0.1975, -1 - 0.5 * 0.29])
+    optimizer.step()
+    assert optimizer.state[penalty.lambdas["w"]]["momentum_buffer"][0].item() > 0.9 * 0.1975
+
+
+def train_200(make_optimizer):
+    """Train LeNet-300-100 on random images, slowly: at 0.1 a rounding error grows without bound. Return w and lam."""
+    torch.manual_seed(0)
+    model = build_model("lenet_300_100", 10)
+    images, labels = torch.rand(4, 20, 1, 28, 28), torch.randint(10, (4, 20))
+    penalty = HALO(penalized_parameters(model, linear=True), xi=1e-5, psi=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True)
+    lam_optimizer = make_optimizer(penalty, lr=0.01, momentum=0.9, weight_decay=0.05)
+    for step in range(200):
+        F.cross_entropy(model(images[step % 4]), labels[step % 4]).backward()
+        lam_optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {**penalty.penalized, **{f"lam {name}": lam for name, lam in penalty.lambdas.items()}}
+
+
+def test_200_steps_agree_within_the_stated_bound():
+    slow, fast = train_200(LambdaSGD), train_200(FusedHALO)
+    for name, value in slow.items():
+        assert (fast[name] - value).abs().max() <= BOUND * value.abs().max(), name
+    assert max(lam.max() for name, lam in slow.items() if name.startswith("lam")) < 0.5  # they moved
+
+
+@pytest.mark.parametrize("first, second", [(LambdaSGD, FusedHALO), (FusedHALO, LambdaSGD)])
+def test_each_continues_the_state_of_the_other(first, second):
+    results = []
+    for then in (first, second):
+        params = random_params(torch.float32)
+        penalty = halo(params, coefficients={"xi": 0.01, "psi": 0.01})
+        optimizer = first(penalty, **FACTORS)
+        for _ in range(3):
+            optimizer.step()
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer = then(penalty, **FACTORS)
+        optimizer.load_state_dict(state)
+        optimizer.step()
+        results.append(penalty.lambdas)
+    for name, lam in results[0].items():
+        torch.testing.assert_close(results[1][name], lam, rtol=1e-5, atol=1e-7)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remember the largest tensor that an operation returns in memory of its own."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        old = [a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in old:
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_step_allocates_nothing_of_the_size_of_a_tensor(monkeypatch, kernel):
+    size = 3 * penalties.CHUNK
+    w = nn.Parameter(torch.ones(size))
+    w.grad = torch.zeros(size)
+    if not kernel:
+        monkeypatch.setattr(lambda_sgd, "load_kernel", no_kernel)
+    fast = FusedHALO(HALO({"w": w}, xi=0.1, psi=0.1), **FACTORS)
+    slow = LambdaSGD(HALO({"w": w}, xi=0.1, psi=0.1), **FACTORS)
+    fast.step()
+    with LargestTensor() as largest:
+        fast.step()
+    assert largest.numel <= penalties.CHUNK
+    with LargestTensor() as largest:
+        slow.step()
+    assert largest.numel == size  # the watch sees the gradient of lam
+
+
+def test_nan_stays_visible():
+    w = nn.Parameter(torch.tensor([float("nan"), 1.0]))
+    w.grad = torch.tensor([0.0, float("nan")])
+    penalty = HALO({"w": w}, xi=0.1, psi=0.1)
+    FusedHALO(penalty, **FACTORS).step()
+    assert penalty.lambdas["w"].isnan().tolist() == [True, False] and w.grad[1].isnan()
+
+
+def test_other_types_go_without_the_kernel():
+    params = random_params(torch.float64)
+    optimizer = FusedHALO(halo(params), **FACTORS)
+    assert optimizer._kernel is None and optimizer.slow_because is None
+    slow = LambdaSGD(halo(random_params(torch.float64)), **FACTORS)
+    for one in (optimizer, slow):
+        one.step()
+    for fast, plain in zip(optimizer.penalty.lambdas.values(), slow.penalty.lambdas.values(), strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_a_frozen_weight_is_refused():
+    params = random_params(torch.float32)
+    params["b.weight"].requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen.*LambdaSGD"):
+        FusedHALO(halo(params), **FACTORS)
+
+
+@pytest.mark.parametrize("compiler", [None, "false", "no-such-compiler"])
+def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, compiler, capsys, tiny, tmp_path):
+    if compiler:
+        monkeypatch.setenv("CXX", compiler)
+    else:
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    load_kernel.cache_clear()
+    train(*tiny, "--halo", *([] if compiler == "false" else ["--compile"]))
+    load_kernel.cache_clear()
+    notes = [line for line in capsys.readouterr().err.splitlines() if "compile" in line]
+    assert sum("HALO's step" in line for line in notes) == 1
+    assert sum("uncompiled" in line for line in notes) == (compiler != "false")

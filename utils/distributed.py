@@ -1,0 +1,126 @@
+"""Several processes that train one network, started by torchrun; with one process everything here does nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class ReplicasDifferError(ArithmeticError):
+    """What must be equal in all processes is not."""
+
+
+def rank() -> int:
+    """Return the number of this process, from 0; torchrun sets it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def processes() -> int:
+    """Return how many processes train together; torchrun sets it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """Return whether this is the one process that prints and writes."""
+    return rank() == 0
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Connect the processes for the length of the block: nccl on CUDA, gloo elsewhere.
+
+    Raises:
+        ConnectionError: the others cannot be reached, or one of them ended.
+    """
+    if processes() == 1:
+        yield
+        return
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        yield
+    except RuntimeError as error:  # what gloo and nccl raise when a connection breaks
+        raise ConnectionError(f"rank {rank()}: {lost(error)}; start the job again") from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def lost(error: RuntimeError) -> str:
+    """Say in one line that another process is gone."""
+    reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    return f"another process of the job ended or could not be reached ({reason})"
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let rank 0 run the block before the others do, such as a download that all of them then read."""
+    if processes() > 1 and not is_main():
+        dist.barrier()
+    yield
+    if processes() > 1 and is_main():
+        dist.barrier()
+
+
+def replicate(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the network such that a backward pass leaves in every process the mean gradient over processes.
+
+    Note:
+        BatchNorm normalises with the statistics of a process's own images. Its running estimates are averaged by
+        `average_buffers_` once an epoch instead of being sent at every step.
+    """
+    if processes() == 1:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Replace a tensor by its sum over the processes, in place."""
+    if processes() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@torch.no_grad()
+def average_buffers_(model: nn.Module) -> None:
+    """Replace the floating point buffers of a network (BatchNorm's running estimates) by their mean, in place."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            sum_(buffer).div_(processes())
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names and values, bit by bit."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def require_equal(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Compare tensors over the processes, bit by bit.
+
+    Args:
+        tensors: by name; equal in all processes unless something is wrong.
+        what: their name, for the message.
+
+    Raises:
+        ReplicasDifferError: they are not.
+    """
+    if processes() == 1:
+        return
+    sums: list[str | None] = [None] * processes()
+    dist.all_gather_object(sums, checksum(tensors))
+    if len(set(sums)) > 1:
+        raise ReplicasDifferError(
+            f"{what} differs between the processes (checksums {', '.join(str(s)[:8] for s in sums)}): continue "
+            "from the last checkpoint, on processes with the same hardware and torch"
+        )
