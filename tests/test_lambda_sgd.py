@@ -74,14 +74,47 @@ def test_by_hand():
     assert optimizer.state[penalty.lambdas["w"]]["momentum_buffer"][0].item() > 0.9 * 0.1975
 
 
-def train_200(make_optimizer):
+def test_the_weights_can_be_stepped_in_the_same_pass():
+    """As LambdaSGD and SGD one after the other do, the parameters that are not penalised too; checkpoints alike."""
+    results = []
+    for fused in (False, True):
+        params = random_params(torch.float32)
+        free = nn.Parameter(torch.ones(3))
+        weights = torch.optim.SGD([*params.values(), free], 0.1, momentum=0.9, weight_decay=0.01, fused=True)
+        options = {"weights": weights} if fused else {}
+        optimizer = (FusedHALO if fused else LambdaSGD)(halo(params), **FACTORS, **options)
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(3):
+            for p in (*params.values(), free):
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+            assert all((p.grad is None) == fused for p in params.values())
+            weights.step()
+            weights.zero_grad()
+        velocities = [weights.state[p]["momentum_buffer"] for p in (*params.values(), free)]
+        results.append([*params.values(), free, *optimizer.penalty.lambdas.values(), *velocities])
+        assert optimizer._kernel or not fused
+    for slow, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"nesterov": True}, {"dampening": 0.5}, {"maximize": True}])
+def test_another_sgd_of_the_weights_is_refused(options):
+    params = random_params(torch.float32)
+    weights = torch.optim.SGD(params.values(), 0.1, momentum=0.9, **options)
+    with pytest.raises(ValueError, match=next(iter(options))):
+        FusedHALO(halo(params), **FACTORS, weights=weights)
+
+
+def train_200(make_optimizer, *, in_one_pass=False):
     """Train LeNet-300-100 on random images, slowly: at 0.1 a rounding error grows without bound. Return w and lam."""
     torch.manual_seed(0)
     model = build_model("lenet_300_100", 10)
     images, labels = torch.rand(4, 20, 1, 28, 28), torch.randint(10, (4, 20))
     penalty = HALO(penalized_parameters(model, linear=True), xi=1e-5, psi=1e-4)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True)
-    lam_optimizer = make_optimizer(penalty, lr=0.01, momentum=0.9, weight_decay=0.05)
+    options = {"weights": optimizer} if in_one_pass else {}
+    lam_optimizer = make_optimizer(penalty, lr=0.01, momentum=0.9, weight_decay=0.05, **options)
     for step in range(200):
         F.cross_entropy(model(images[step % 4]), labels[step % 4]).backward()
         lam_optimizer.step()
@@ -90,8 +123,9 @@ def train_200(make_optimizer):
     return {**penalty.penalized, **{f"lam {name}": lam for name, lam in penalty.lambdas.items()}}
 
 
-def test_200_steps_agree_within_the_stated_bound():
-    slow, fast = train_200(LambdaSGD), train_200(FusedHALO)
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_200_steps_agree_within_the_stated_bound(in_one_pass):
+    slow, fast = train_200(LambdaSGD), train_200(FusedHALO, in_one_pass=in_one_pass)
     for name, value in slow.items():
         assert (fast[name] - value).abs().max() <= BOUND * value.abs().max(), name
     assert max(lam.max() for name, lam in slow.items() if name.startswith("lam")) < 0.5  # they moved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -78,7 +79,9 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     if processes() == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the option's new name is unknown to torch 2.6
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
 def sum_(tensor: Tensor) -> Tensor:

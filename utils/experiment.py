@@ -107,7 +107,7 @@ class Experiment:
         if args.compile:
             self.forward = CompiledNetwork(self.forward, batch_size=len(range(rank(), args.train_batch, processes())))
         weights = SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd, fused=True)
-        self.optimizers = [weights, *make_lambda_sgd(penalty, args)]
+        self.optimizers = [weights, *make_lambda_sgd(penalty, weights, args)]
         both = milestones(args.schedule, released=args.released_lr)
         self.schedulers = [MultiStepLR(o, m, gamma=args.gamma) for o, m in zip(self.optimizers, both, strict=False)]
 
@@ -288,7 +288,8 @@ class Experiment:
         checkpoint = self.folder / "checkpoint.pth.tar"
         launcher = ["python"] if processes() == 1 else ["torchrun", "--nproc_per_node", str(processes())]
         command = shlex.join([*launcher, sys.argv[0], *arguments, "--resume", str(checkpoint)])
-        return f"{checkpoint} holds the last finished epoch ({self.epoch}); continue with: {command}"
+        epoch = f" ({self.epoch})" if processes() == 1 else ""  # rank 0 may have been lost while writing it
+        return f"{checkpoint} holds the last finished epoch{epoch}; continue with: {command}"
 
     def finish(self) -> dict:
         """Write final.pth.tar, the arrays, the figures and summary.json; return the summary."""
@@ -342,7 +343,7 @@ class Experiment:
         return {"test_of_best": result}
 
 
-def make_lambda_sgd(penalty: Penalty, args: argparse.Namespace) -> list[LambdaSGD]:
+def make_lambda_sgd(penalty: Penalty, weights: SGD, args: argparse.Namespace) -> list[LambdaSGD]:
     """Return the optimizer of lam, in the fastest form there is here; none if nothing is learned."""
     if not list(penalty.parameters()):
         return []
@@ -350,7 +351,9 @@ def make_lambda_sgd(penalty: Penalty, args: argparse.Namespace) -> list[LambdaSG
     if not isinstance(penalty, HALO):
         return [LambdaSGD(penalty, **factors)]
     on_cpu = next(penalty.parameters()).device.type == "cpu"  # where the kernel is faster
-    optimizer = FusedHALO(penalty, **factors, compiled=args.compile and not on_cpu)
+    # With fp16, whether the weights are stepped is decided after lam is.
+    weights = None if args.amp == "fp16" else weights
+    optimizer = FusedHALO(penalty, **factors, weights=weights, compiled=args.compile and not on_cpu)
     if optimizer.slow_because:
         warn(f"HALO's step goes without its compiled kernel and takes longer: {optimizer.slow_because}")
     return [optimizer]

@@ -1,27 +1,43 @@
-// One pass over memory: add HALO's gradient to that of the weights, and step lam by SGD with momentum.
+// One pass over memory: add HALO's gradient to that of the weights, and step lam by SGD with momentum; and, where
+// the weights' own momenta are given, step the weights too instead of writing their gradient back.
 // Compiled by utils/lambda_sgd.py, which states the formulas. The order of the operations, and where two are fused
 // (fmaf), are those of torch's own, so that the results are the same to the last bit where torch fuses alike.
 #include <cmath>
 #include <cstdint>
 
+struct Sgd {
+    float lr, momentum, weight_decay;
+};
+
 static inline float sign(float x) { return float(x > 0) - float(x < 0); }
 
-// Tensor k has sizes[k] elements at weights[k], gradients[k], lambdas[k] and momenta[k], all in one order.
-extern "C" void halo_step(int64_t tensors, const int64_t* sizes, const float* const* weights, float* const* gradients,
-                          float* const* lambdas, float* const* momenta, float xi, float psi, float lr, float momentum,
-                          float weight_decay) {
+// Change one element and its momentum, given the gradient.
+static inline void descend(float& x, float& velocity, float gradient, Sgd sgd) {
+    velocity = sgd.momentum * velocity + std::fmaf(sgd.weight_decay, x, gradient);
+    x = std::fmaf(-sgd.lr, velocity, x);
+}
+
+// Tensor k has sizes[k] elements at w[k], grad[k], lam[k], velocity[k], all in one order, and, unless w_velocity is
+// null, at w_velocity[k].
+extern "C" void halo_step(int64_t tensors, const int64_t* sizes, float* const* w, float* const* grad,
+                          float* const* lam, float* const* velocity, float* const* w_velocity, float xi, float psi,
+                          Sgd of_lam, Sgd of_w) {
 #pragma omp parallel
     for (int64_t k = 0; k < tensors; ++k) {
-        const float* w = weights[k];
-        float *g = gradients[k], *lam = lambdas[k], *m = momenta[k];
-#pragma omp for simd schedule(static) nowait
-        for (int64_t i = 0; i < sizes[k]; ++i) {
-            const float inverse = 1.0f / lam[i];
+        float *wk = w[k], *gk = grad[k], *lk = lam[k], *vk = velocity[k], *uk = w_velocity ? w_velocity[k] : nullptr;
+        auto step = [=](int64_t i) {
+            const float inverse = 1.0f / lk[i];
             const float strength = inverse * inverse * xi;
-            g[i] += strength * sign(w[i]);
-            const float slope = psi * sign(lam[i]) - 2.0f * (strength * inverse * std::fabs(w[i]));
-            m[i] = momentum * m[i] + std::fmaf(weight_decay, lam[i], slope);
-            lam[i] = std::fmaf(-lr, m[i], lam[i]);
+            const float slope = psi * sign(lk[i]) - 2.0f * (strength * inverse * std::fabs(wk[i]));
+            descend(lk[i], vk[i], slope, of_lam);
+            return gk[i] + strength * sign(wk[i]);
+        };
+        if (uk) {
+#pragma omp for simd schedule(static) nowait
+            for (int64_t i = 0; i < sizes[k]; ++i) descend(wk[i], uk[i], step(i), of_w);
+        } else {
+#pragma omp for simd schedule(static) nowait
+            for (int64_t i = 0; i < sizes[k]; ++i) gk[i] = step(i);
         }
     }
 }

@@ -1,7 +1,8 @@
 """SGD of the learned lam, which also adds the penalty's gradient to the weights: readable, and in one pass.
 
 `LambdaSGD.step()` is `penalty.add_grad_()` followed by SGD. `FusedHALO.step()` does the same for HALO in one pass over
-memory (w, its gradient, lam and momentum in; gradient, lam and momentum out) and needs no gradient of lam.
+memory (w, its gradient, lam and momentum in; gradient, lam and momentum out) and needs no gradient of lam. It can take
+the SGD of the weights into the same pass, which then costs about what that alone costs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch.optim import SGD
 
 from utils.native import load_native
 from utils.penalties import CHUNK, HALO, Penalty, gradient, is_dense, pieces
+
+OTHER_SGD = ("nesterov", "dampening", "maximize")  # options of SGD that the kernel does not have
 
 
 class LambdaSGD(SGD):
@@ -55,13 +58,16 @@ class FusedHALO(LambdaSGD):
         lr: learning rate, >= 0.
         momentum: in [0, 1).
         weight_decay: decay of lam, >= 0.
+        weights: the optimizer of the weights. If it is given, the kernel steps the penalised weights in the same pass,
+            exactly as it would, and leaves them without a gradient; its own `step()` is then left with the others.
         compiled: run `halo_step_` through torch.compile where the kernel does not apply, as on CUDA.
 
     Attributes:
         slow_because: why there is no kernel on this CPU, such as a missing compiler; None where there is one.
 
     Raises:
-        ValueError: a weight or a lam does not require a gradient; use `LambdaSGD`.
+        ValueError: a weight or a lam does not require a gradient, or `weights` is not plain SGD in one group; use
+            `LambdaSGD`.
     """
 
     def __init__(
@@ -71,6 +77,7 @@ class FusedHALO(LambdaSGD):
         lr: float,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        weights: SGD | None = None,
         compiled: bool = False,
     ) -> None:
         super().__init__(penalty, lr=lr, momentum=momentum, weight_decay=weight_decay)
@@ -78,7 +85,9 @@ class FusedHALO(LambdaSGD):
         tensors = [tensor for pair in self._pairs for tensor in pair]
         if not all(t.requires_grad for t in tensors):
             raise ValueError("a penalised weight or its lam is frozen (requires_grad is False): use LambdaSGD")
-        self._kernel, self.slow_because = None, None
+        if weights and (len(weights.param_groups) > 1 or any(weights.defaults[k] for k in OTHER_SGD)):
+            raise ValueError(f"the optimizer of the weights must have one group and none of {', '.join(OTHER_SGD)}")
+        self._weights, self._kernel, self.slow_because = weights, None, None
         if all(t.dtype == torch.float32 and t.device.type == "cpu" and is_dense(t) for t in tensors):
             try:
                 self._kernel = load_kernel()
@@ -90,28 +99,49 @@ class FusedHALO(LambdaSGD):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Add HALO's gradient to that of the weights and step lam."""
-        group = self.param_groups[0]
-        factors = {key: group[key] for key in ("lr", "momentum", "weight_decay")}
-        factors = {"xi": self.penalty.xi, "psi": self.penalty.psi, **factors}
-        for w, _ in self._pairs:
-            w.grad = aligned(gradient(w), w)
-        sets = [(w, w.grad, lam, self._momentum(lam)) for w, lam in self._pairs]
+        """Add HALO's gradient to that of the weights and step lam, and the weights if told to."""
+        sets = [(w, aligned_gradient(w), lam, velocity_of(self, lam)) for w, lam in self._pairs]
         if self._kernel:
-            columns = [*zip(*sets, strict=True)]
-            sizes = (ctypes.c_int64 * len(sets))(*(w.numel() for w in columns[0]))
-            addresses = [(ctypes.c_void_p * len(sets))(*(t.data_ptr() for t in column)) for column in columns]
-            self._kernel(len(sets), sizes, *addresses, *factors.values())
+            self._run_kernel(sets)
             return
+        factors = {"xi": self.penalty.xi, "psi": self.penalty.psi} | factors_of(self)
         for tensors in sets:
             for piece in pieces(*tensors, size=self._chunk):
                 self._halo_step_(*piece, **factors)
 
-    def _momentum(self, lam: Tensor) -> Tensor:
-        state = self.state[lam]
-        buffer = state.get("momentum_buffer")
-        state["momentum_buffer"] = torch.zeros_like(lam) if buffer is None else aligned(buffer, lam)
-        return state["momentum_buffer"]
+    def _run_kernel(self, sets: list[tuple[Tensor, ...]]) -> None:
+        array = ctypes.c_void_p * len(sets)
+        columns = [*zip(*sets, strict=True)]
+        sizes = (ctypes.c_int64 * len(sets))(*map(Tensor.numel, columns[0]))
+        of_lam, of_w, w_velocities = Factors(**factors_of(self)), Factors(), None
+        if self._weights:
+            of_w = Factors(**factors_of(self._weights))
+            w_velocities = array(*(velocity_of(self._weights, w).data_ptr() for w in columns[0]))
+        addresses = [array(*map(Tensor.data_ptr, column)) for column in columns]
+        self._kernel(len(sets), sizes, *addresses, w_velocities, self.penalty.xi, self.penalty.psi, of_lam, of_w)
+        if self._weights:
+            for w in columns[0]:
+                w.grad = None
+
+
+class Factors(ctypes.Structure):
+    """The factors of SGD, as the kernel takes them."""
+
+    _fields_ = [(name, ctypes.c_float) for name in ("lr", "momentum", "weight_decay")]
+
+
+def factors_of(optimizer: SGD) -> dict[str, float]:
+    """Return learning rate, momentum and weight decay as they are now."""
+    return {name: optimizer.param_groups[0][name] for name in ("lr", "momentum", "weight_decay")}
+
+
+def velocity_of(optimizer: SGD, parameter: Tensor) -> Tensor:
+    """Return the momentum buffer of a parameter, made of zeros if there is none, laid out as the parameter is."""
+    state = optimizer.state[parameter]
+    buffer = state.get("momentum_buffer")
+    if buffer is None or buffer.stride() != parameter.stride():
+        state["momentum_buffer"] = torch.zeros_like(parameter) if buffer is None else aligned(buffer, parameter)
+    return state["momentum_buffer"]
 
 
 def halo_step_(
@@ -140,6 +170,13 @@ def aligned(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
 
+def aligned_gradient(w: Tensor) -> Tensor:
+    """Return `.grad`, made if it is None, and laid out as the weight is."""
+    if w.grad is None or w.grad.stride() != w.stride():
+        w.grad = aligned(gradient(w), w)
+    return w.grad
+
+
 @cache
 def load_kernel() -> ctypes._CFuncPtr:
     """Return the compiled function halo_step, made once a process.
@@ -148,6 +185,6 @@ def load_kernel() -> ctypes._CFuncPtr:
         OSError: there is no C++ compiler, or it fails.
     """
     function = load_native(Path(__file__).with_name("halo_step.cpp")).halo_step
-    function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 5, *[ctypes.c_float] * 5]
+    function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 6, *[ctypes.c_float] * 2, Factors, Factors]
     function.restype = None
     return function

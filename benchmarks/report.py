@@ -1,0 +1,53 @@
+"""Tables in Markdown and the figure of the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from utils.plots import DARK, LIGHT, MIDDLE, save_figure
+
+
+def cell(value: object) -> str:
+    """Format one value of a table."""
+    if isinstance(value, list):
+        return " to ".join(cell(v) for v in value)
+    if isinstance(value, (int, float)):
+        return f"{value:,.0f}" if isinstance(value, int) or value >= 1e4 else f"{value:.4g}"
+    return str(value)
+
+
+def markdown(title: str, table: Sequence[dict]) -> str:
+    """Format a table; its columns are the keys of the rows."""
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(c, "")) for c in columns] for row in table)]
+    return f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def plot_scaling(table: Sequence[dict], path: str | Path) -> None:
+    """Draw the time of a step of lam against the number of parameters, whole and for each.
+
+    Args:
+        table: rows of `parameters` and `<form> ms`.
+        path: PNG to write.
+    """
+    counts = [row["parameters"] for row in table]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    whole, each = figure.subplots(1, 2)
+    forms = {"autograd": ("s--", LIGHT), "pieces": ("^:", MIDDLE), "compiled": ("o-", DARK)}
+    for form, (style, colour) in forms.items():
+        times = [row[f"{form} ms"] for row in table]
+        whole.plot(counts, times, style, color=colour, label=form)
+        each.plot(counts, [1e6 * t / n for t, n in zip(times, counts, strict=True)], style, color=colour, label=form)
+    whole.set(xscale="log", yscale="log", xlabel="parameters", ylabel="penalty and step of lam (ms)")
+    each.set(xscale="log", yscale="log", xlabel="parameters", ylabel="the same for each parameter (ns)")
+    for axes in (whole, each):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    ratio = table[-1]["autograd ms"] / table[-1]["compiled ms"]
+    figure.suptitle(
+        f"The cost is linear in the parameters; at {counts[-1]:.0e} one pass takes 1/{ratio:.0f} of autograd"
+    )
+    save_figure(figure, path)

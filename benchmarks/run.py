@@ -1,0 +1,282 @@
+"""Measure the speed and the memory of HALO against the plain step and against a naive HALO.
+
+    python benchmarks/run.py                       # everything, under 10 minutes: make bench
+    python benchmarks/run.py --only step memory    # some of it
+
+Prints tables in Markdown; leaves results.json, tables.md and scaling.png in --save (default runs/bench).
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import SGD
+
+from benchmarks.naive import NaiveTraining, pil_loader, random_dataset
+from benchmarks.report import markdown, plot_scaling
+from benchmarks.timing import interleave, rows
+from models import ARCHS, build_model
+from utils.atomic import write_text
+from utils.compiled import CompiledNetwork
+from utils.data import Loader
+from utils.experiment import memory_format
+from utils.lambda_sgd import FusedHALO, LambdaSGD
+from utils.parameters import penalized_parameters
+from utils.penalties import HALO, Penalty
+from utils.precision import Precision
+from utils.run import describe, run_script, write_json
+from utils.training import train_one_epoch
+
+CPU = torch.device("cpu")
+COEFFICIENTS = {"xi": 1e-6, "psi": 1e-6}
+SGD_FACTORS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+NETWORKS = {"VGG-16": ("vgg16_bn", None), "ResNet-50 (6n+2)": ("resnet", 50), "ResNet-20": ("resnet", 20)}
+NETWORKS |= {"LeNet-300-100": ("lenet_300_100", None)}
+BATCH = {"vgg16_bn": 64, "resnet": 64, "lenet_300_100": 100}
+
+
+class Training:
+    """A network with its penalty and optimizers, as utils/experiment.py sets them up."""
+
+    def __init__(self, name: str, *, halo: bool = True, amp: str | None = None, compiled: bool = False) -> None:
+        self.arch, depth = NETWORKS[name]
+        torch.manual_seed(0)
+        self.layout = memory_format(self.arch, CPU)
+        self.model = build_model(self.arch, 10, depth).to(memory_format=self.layout)
+        params = penalized_parameters(self.model, linear=ARCHS[self.arch].linear)
+        self.penalty = HALO(params, **COEFFICIENTS) if halo else Penalty(params)
+        self.optimizer = SGD(self.model.parameters(), **SGD_FACTORS, fused=True)
+        self.lam_optimizers = []
+        if halo:
+            self.lam_optimizers = [FusedHALO(self.penalty, weights=self.optimizer, **SGD_FACTORS)]
+        self.precision = Precision(CPU, amp)
+        self.forward = CompiledNetwork(self.model, batch_size=BATCH[self.arch]) if compiled else self.model
+
+    def epoch(self, loader: Loader) -> None:
+        """Train on all batches."""
+        parts = (self.penalty, self.optimizer, *self.lam_optimizers)
+        train_one_epoch(self.model, loader, *parts, device=CPU, forward=self.forward, precision=self.precision)
+
+
+def step_of(training: Training, step_penalty: Callable[[], None] | None) -> Callable[[], None]:
+    """Return a function that trains on one batch, always the same."""
+    images = torch.randn(BATCH[training.arch], *ARCHS[training.arch].shape).to(memory_format=training.layout)
+    labels = torch.randint(10, (len(images),))
+    training.model.train()
+
+    def step() -> None:
+        with training.precision.autocast():
+            logits = training.forward(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        if step_penalty:
+            step_penalty()
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+
+    return step
+
+
+def without_kernel(optimizer: FusedHALO) -> FusedHALO:
+    """Return the optimizer as it is where there is no C++ compiler."""
+    optimizer._kernel = None
+    return optimizer
+
+
+def bench_step() -> dict[str, list[dict]]:
+    """Compare one step with HALO with the same step of the same network without a penalty."""
+    tables = {}
+    for name, repeats, inner in (("VGG-16", 25, 1), ("ResNet-50 (6n+2)", 25, 1), ("LeNet-300-100", 41, 50)):
+        training = Training(name)
+        pieces = without_kernel(FusedHALO(training.penalty, **SGD_FACTORS))
+        readable = LambdaSGD(training.penalty, **SGD_FACTORS)
+        functions = {
+            "no penalty": step_of(training, None),
+            "HALO, default": step_of(training, training.lam_optimizers[0].step),
+            "HALO, without a C++ compiler": step_of(training, pieces.step),
+            "HALO, add_grad_() and SGD": step_of(training, readable.step),
+        }
+        times = interleave(functions, repeats=repeats, inner=inner)
+        tables[f"One step, {name}, batch {BATCH[training.arch]}"] = rows(times, reference="no penalty", faster=False)
+    return tables
+
+
+def bench_penalty() -> dict[str, list[dict]]:
+    """Compare the penalty and the step of lam alone, and what it makes of the memory's bandwidth."""
+    training = Training("VGG-16")
+    for p in training.model.parameters():
+        p.grad = torch.zeros_like(p)
+    count = sum(w.numel() for w in training.penalty.penalized.values())
+    a, b = torch.zeros(count), torch.zeros(count)
+    functions = {
+        "autograd": NaiveTraining(training.model, training.penalty).penalty_step,
+        "add_grad_() and SGD": LambdaSGD(training.penalty, **SGD_FACTORS).step,
+        "one pass, without a C++ compiler": without_kernel(FusedHALO(training.penalty, **SGD_FACTORS)).step,
+        "one pass, compiled (default)": FusedHALO(training.penalty, **SGD_FACTORS).step,
+        "triad a += s * b": lambda: a.add_(b, alpha=0.5),
+    }
+    table = rows(interleave(functions, repeats=21), reference="autograd", faster=True)
+    kernel, triad = table[3], table[4]
+    for row, streams in ((kernel, 7), (triad, 3)):  # reads and writes of 4 bytes a parameter
+        row["GB/s"] = 4 * streams * count / row["ms"] / 1e6
+    kernel["of_triad"] = kernel["GB/s"] / triad["GB/s"]
+    del triad["ratio"]
+    return {f"Penalty and step of lam alone, VGG-16, {count:,} parameters": table}
+
+
+def bench_scaling() -> dict[str, list[dict]]:
+    """Measure the penalty and the step of lam from 1e5 to 1e8 parameters in one tensor."""
+    table = []
+    for exponent in (5, 5.5, 6, 6.5, 7, 7.5, 8):
+        w = nn.Parameter(torch.randn(round(10**exponent)))
+        w.grad = torch.zeros_like(w)
+        penalty = HALO({"w": w}, **COEFFICIENTS)
+        functions = {
+            "autograd": NaiveTraining(nn.ParameterList([w]), penalty).penalty_step,
+            "pieces": without_kernel(FusedHALO(penalty, **SGD_FACTORS)).step,
+            "compiled": FusedHALO(penalty, **SGD_FACTORS).step,
+        }
+        times = interleave(functions, repeats=5 if exponent > 7 else 11)
+        table.append({"parameters": len(w)} | {f"{k} ms": 1e3 * statistics.median(v) for k, v in times.items()})
+    return {"Cost against the number of parameters": table}
+
+
+def peak_memory(form: str, pipe: object) -> None:
+    """Send the peak memory in bytes of a fresh process that trains VGG-16 for three steps."""
+    training = Training("VGG-16", halo=form != "plain")
+    training.layout = torch.channels_last
+    if form == "naive":
+        naive = NaiveTraining(training.model, training.penalty)
+        images, labels = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+        step = lambda: naive.step(images, labels)  # noqa: E731
+    else:
+        step = step_of(training, training.lam_optimizers[0].step if form == "halo" else None)
+    for _ in range(3):
+        step()
+    pipe.send(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def bench_memory() -> dict[str, list[dict]]:
+    """Compare the peak memory of whole processes, one for each form and repetition."""
+    context, peaks = multiprocessing.get_context("spawn"), {"plain": [], "halo": [], "naive": []}
+    for _ in range(3):
+        for form, values in peaks.items():
+            receiver, sender = context.Pipe()
+            child = context.Process(target=peak_memory, args=(form, sender))
+            child.start()
+            values.append(receiver.recv())
+            child.join()
+    weights = 4 * sum(p.numel() for p in penalized_parameters(build_model("vgg16_bn", 10)).values())
+    plain = statistics.median(peaks["plain"])
+    table = []
+    for form, values in peaks.items():
+        extra = (statistics.median(values) - plain) / weights
+        spread = [v / 1e6 for v in (min(values), max(values))]
+        table.append({"what": form, "n": 3, "peak MB": statistics.median(values) / 1e6, "min, max MB": spread})
+        table[-1]["above plain, in copies of the weights"] = extra
+    return {"Peak memory of a process, VGG-16, batch 64": table}
+
+
+def bench_loader() -> dict[str, list[dict]]:
+    """Compare the loader in memory with torchvision's transforms in two worker processes, over CIFAR shapes."""
+    data = random_dataset((3, 32, 32), images=6400, augment=True)
+    functions = {"DataLoader, PIL, 2 workers": lambda: [*pil_loader(data, batch_size=64)]}
+    for name, layout in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+        loader = Loader(data.train, data, batch_size=64, generator=torch.Generator(), memory_format=layout)
+        functions[f"in memory, {name}"] = lambda loader=loader: [None for _ in loader]
+    table = rows(interleave(functions, repeats=5), reference="DataLoader, PIL, 2 workers", faster=True)
+    for row in table:
+        row["images/s"] = 1e3 * 6400 / row["ms"]
+    return {"6,400 augmented images of 32x32, batch 64": table}
+
+
+def epochs_of(name: str, *, images: int, variants: dict[str, dict]) -> dict[str, list[dict]]:
+    """Compare an epoch over this many images, written naively, with the project's in some variants."""
+    arch, depth = NETWORKS[name]
+    shape = ARCHS[arch].shape
+    data, batch = random_dataset(shape, images=images, augment=shape[0] == 3), BATCH[arch]
+    torch.manual_seed(0)
+    model = build_model(arch, 10, depth)
+    naive = NaiveTraining(model, HALO(penalized_parameters(model, linear=ARCHS[arch].linear), **COEFFICIENTS))
+    functions = {"naive": lambda: naive.epoch(pil_loader(data, batch_size=batch))}
+    for label, options in variants.items():
+        training = Training(name, **options)
+        loader = Loader(data.train, data, batch_size=batch, generator=torch.Generator(), memory_format=training.layout)
+        functions[label] = lambda training=training, loader=loader: training.epoch(loader)
+    table = rows(interleave(functions, repeats=5), reference="naive", faster=True)
+    for row in table:
+        row["images/s"] = 1e3 * images / row["ms"]
+    return {f"Epoch of {images:,} images, {name}, HALO, batch {batch}": table}
+
+
+def bench_mnist() -> dict[str, list[dict]]:
+    """Compare whole epochs over 60,000 images of MNIST's shape."""
+    return epochs_of("LeNet-300-100", images=60_000, variants={"default": {}, "default, no penalty": {"halo": False}})
+
+
+def bench_epoch() -> dict[str, list[dict]]:
+    """Compare epochs of the CIFAR networks, shortened to some thousand images."""
+    variants = {
+        "default": {},
+        "--amp": {"amp": "bf16"},
+        "--compile": {"compiled": True},
+        "--amp --compile": {"amp": "bf16", "compiled": True},
+    }
+    return (
+        epochs_of("VGG-16", images=64 * 6, variants=variants)
+        | epochs_of("ResNet-50 (6n+2)", images=64 * 12, variants=variants)
+        | epochs_of("ResNet-20", images=64 * 24, variants=variants)
+    )
+
+
+BENCHMARKS = {
+    "step": bench_step,
+    "penalty": bench_penalty,
+    "scaling": bench_scaling,
+    "memory": bench_memory,
+    "loader": bench_loader,
+    "mnist": bench_mnist,
+    "epoch": bench_epoch,
+}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line of this script."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS), help="which of them")
+    parser.add_argument("--save", metavar="DIR", default="runs/bench", help="folder of the outputs")
+    return parser
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Measure, print and write.
+
+    Returns:
+        The content of results.json.
+    """
+    folder = Path(args.save)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {"machine": describe(args, CPU), "tables": {}}
+    for name in args.only:
+        for title, table in BENCHMARKS[name]().items():
+            results["tables"][title] = table
+            print(markdown(title, table), flush=True)
+            write_json(folder / "results.json", results)
+            if name == "scaling":
+                plot_scaling(table, folder / "scaling.png")
+    write_text(folder / "tables.md", "\n".join(markdown(*item) for item in results["tables"].items()))
+    print(json.dumps(results), flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser())

@@ -1,0 +1,184 @@
+"""Several processes: the same training as one, replicas that are compared, and a job that ends well when one dies."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import ROOT, start, train
+
+import cifar_prune_iterative
+import mnist.mnist
+from utils import data, distributed
+from utils.checkpoint import load_checkpoint
+from utils.data import Loader, Split
+from utils.options import OptionError
+
+LENET = ["-d", "digits", "-a", "lenet_300_100", "--halo", "--xi", "1e-4", "--psi", "1e-4", "--lr", "0.05"]
+LENET += ["--schedule", "1", "--train_batch", "64"]  # 1437 images: the last batch has 29, which two cannot halve
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def environment(rank, processes, port):
+    """Return what torchrun sets."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in names.items()} | {"OMP_NUM_THREADS": "1"}
+
+
+def run_together(*options, script="mnist/mnist.py", processes=2):
+    """Run a script in several processes; return what each printed, after a good end."""
+    port = free_port()
+    jobs = [
+        start(*options, script=script, env=os.environ | environment(rank, processes, port)) for rank in range(processes)
+    ]
+    outputs = [job.communicate(timeout=120) for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * processes, outputs
+    return [out for out, _ in outputs]
+
+
+def run_alone(*options):
+    return mnist.mnist.main(mnist.mnist.get_parser().parse_args([str(option) for option in options]))
+
+
+def assert_close(one, other):
+    """Compare weights and lam of two runs within fp32 rounding."""
+    a, b = (load_checkpoint(folder / "final.pth.tar") for folder in (one, other))
+    for key in ("state_dict", "lambdas"):
+        for name, value in a[key].items():
+            torch.testing.assert_close(b[key][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_equal_one_and_another_number_continues(tmp_path):
+    one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
+    summary = run_alone(*LENET, "--epochs", 2, "--save_dir", one)
+    first, second = run_together(*LENET, "--epochs", 2, "--save_dir", two)
+    assert first.count("epoch") >= 2 and second == ""  # only rank 0 prints
+    assert_close(one, two)
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    theirs = json.loads((two / "summary.json").read_text())
+    for key in ("train_top1", "train_loss", "test_top1", "test_loss"):  # summed over the processes
+        assert theirs["final"][key] == pytest.approx(summary["final"][key], rel=1e-5)
+    assert json.loads((two / "config.json").read_text())["processes"] == 2
+
+    run_together(*LENET, "--epochs", 1, "--save_dir", mixed, processes=3)
+    run_alone(*LENET, "--epochs", 2, "--save_dir", mixed, "--resume", mixed / "checkpoint.pth.tar")
+    assert_close(one, mixed)
+
+
+def kill_one(job, victim):
+    """Kill the process of one rank with SIGKILL."""
+    for path in (pid for pid in os.listdir("/proc") if pid.isdigit()):
+        try:
+            with open(f"/proc/{path}/stat") as stat, open(f"/proc/{path}/environ") as env:
+                parent, variables = int(stat.read().rsplit(")", 1)[1].split()[1]), env.read().split("\0")
+        except OSError:
+            continue
+        if parent == job.pid and f"RANK={victim}" in variables:
+            os.kill(int(path), signal.SIGKILL)
+            return
+    raise AssertionError("no such process")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes of torchrun in /proc")
+def test_a_killed_rank_ends_the_job_with_a_way_to_go_on(tiny, tmp_path):
+    """With BatchNorm and augmentation, through torchrun itself; rank 0, which alone writes, is the worse to lose."""
+    folder = tmp_path / "run"
+    script = [*tiny, "--halo", "--epochs", "1000"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "cifar.py"), *script]
+    job = subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while time.time() < deadline and not (folder / "model_best.pth.tar").exists():
+        time.sleep(0.1)
+    kill_one(job, 0)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode != 0
+    done = load_checkpoint(folder / "checkpoint.pth.tar")["epoch"]
+    message = r"cifar.py: (error: rank 1: another process of the job ended|stopped).* holds the last finished epoch; "
+    assert re.search(message + "continue with: torchrun --nproc_per_node 2 .*cifar.py", errors), errors
+    summary = train(*tiny, "--halo", "--epochs", done + 1, "--resume", folder / "checkpoint.pth.tar")
+    assert summary["final"]["epoch"] == done + 1
+
+
+def in_each_process(rank, port, folder):
+    """What the processes check of each other; an assertion that fails ends the test."""
+    os.environ.update(environment(rank, 2, port))
+    torch.set_num_threads(1)
+    with distributed.process_group(torch.device("cpu")):
+        assert distributed.sum_(torch.tensor([1.0 + rank])).item() == 3
+
+        norm = torch.nn.BatchNorm2d(2)
+        norm.running_mean.fill_(rank)
+        distributed.average_buffers_(norm)
+        assert norm.running_mean.tolist() == [0.5, 0.5] and norm.num_batches_tracked == 0
+
+        lam = {"w": torch.ones(1000)}
+        distributed.require_equal(lam, "lam")
+        lam["w"][7] += 1e-7 * rank  # the smallest difference there is
+        try:
+            distributed.require_equal(lam, "lam")
+        except distributed.ReplicasDifferError as error:
+            (folder / f"differ{rank}").write_text(str(error))
+
+        order = folder / "order"
+        with distributed.main_first():
+            time.sleep(0.2 * (1 - rank))
+            with open(order, "a") as file:
+                file.write(str(rank))
+
+
+def test_processes_compare_and_average(tmp_path):
+    mp.spawn(in_each_process, (free_port(), tmp_path), nprocs=2)
+    assert (tmp_path / "order").read_text() == "01"
+    for rank in range(2):
+        assert re.match(r"lam differs .*\(checksums (\w+), (?!\1)", (tmp_path / f"differ{rank}").read_text())
+
+
+@pytest.mark.parametrize("count", [12, 13, 9])
+def test_shares_of_a_batch_make_up_the_batch(count):
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2).contiguous()
+    split = Split(images, torch.arange(count))
+    whole = data.Dataset(split, split, ("a", "b"), (0.0,), (1.0,), padding=0, flip=False)
+
+    def batches(rank, processes):
+        generator = torch.Generator().manual_seed(5)
+        return [
+            *Loader(split, whole, batch_size=4, generator=generator, rank=rank, processes=processes),
+        ]
+
+    alone, shared = batches(0, 1), [batches(rank, 3) for rank in range(3)]
+    for index, (_, labels, weight) in enumerate(alone):
+        shares = [one[index] for one in shared]
+        assert weight == 1 and sum(share.weight for share in shares) == pytest.approx(3)
+        assert sorted(label for s in shares if s.weight for label in s.labels.tolist()) == sorted(labels.tolist())
+        # the mean of the weighted means of the processes is the mean of the batch
+        mean = sum(share.labels.double().mean() * share.weight for share in shares) / 3
+        assert mean.item() == pytest.approx(labels.double().mean().item())
+
+
+def test_evaluation_shares_whole_batches_in_order():
+    split = Split(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), torch.arange(10))
+    whole = data.Dataset(split, split, ("a", "b"), (0.0,), (1.0,), padding=0, flip=False)
+    shares = [[b.labels.tolist() for b in Loader(split, whole, batch_size=4, rank=r, processes=2)] for r in range(2)]
+    assert shares == [[[0, 1, 2, 3], [8, 9]], [[4, 5, 6, 7]]]
+
+
+def test_what_cannot_be_shared_is_refused(fails_in, monkeypatch, tmp_path):
+    for name, value in environment(0, 2, "1").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OptionError, match="--train_batch 1 is shared by 2 processes"):
+        train("--train_batch", 1, "--save_dir", tmp_path / "run")
+    for script, options in ((cifar_prune_iterative, []), (mnist.mnist, ["--percent", "0.5", "--resume", "x"])):
+        status, line = fails_in(script, *options)
+        assert status == 2 and "torchrun" in line
