@@ -7,7 +7,7 @@ DIGITS := -d digits -a resnet --depth 20
 TRAIN := $(RUN) cifar.py $(DIGITS) --wd 0 --epochs 14 --schedule 9 12 --overwrite
 PRUNE := $(RUN) cifar_prune_iterative.py $(DIGITS) --percent 0.5 0.75 0.9 0.95 --overwrite
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 # The whole pipeline on real handwritten digits: train, prune, check, energy.
 demo: .venv/installed
@@ -32,6 +32,10 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(RUN) -m pytest
+
+# Speed and memory, as tables; run it with nothing else on the machine.
+bench: .venv/installed
+	$(RUN) benchmarks/run.py
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

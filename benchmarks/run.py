@@ -9,7 +9,6 @@ Prints tables in Markdown; leaves results.json, tables.md and scaling.png in --s
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 from collections.abc import Callable
@@ -38,20 +37,29 @@ from utils.run import describe, run_script, write_json
 from utils.training import train_one_epoch
 
 CPU = torch.device("cpu")
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 COEFFICIENTS = {"xi": 1e-6, "psi": 1e-6}
 SGD_FACTORS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 NETWORKS = {"VGG-16": ("vgg16_bn", None), "ResNet-50 (6n+2)": ("resnet", 50), "ResNet-20": ("resnet", 20)}
-NETWORKS |= {"LeNet-300-100": ("lenet_300_100", None)}
-BATCH = {"vgg16_bn": 64, "resnet": 64, "lenet_300_100": 100}
+NETWORKS |= {"LeNet-300-100": ("lenet_300_100", None), "LeNet-5": ("lenet_5", None)}
+BATCH = {"vgg16_bn": 64, "resnet": 64, "lenet_300_100": 100, "lenet_5": 100}
 
 
 class Training:
     """A network with its penalty and optimizers, as utils/experiment.py sets them up."""
 
-    def __init__(self, name: str, *, halo: bool = True, amp: str | None = None, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        halo: bool = True,
+        amp: str | None = None,
+        compiled: bool = False,
+        layout: torch.memory_format | None = None,
+    ) -> None:
         self.arch, depth = NETWORKS[name]
         torch.manual_seed(0)
-        self.layout = memory_format(self.arch, CPU)
+        self.layout = layout or memory_format(self.arch, CPU)
         self.model = build_model(self.arch, 10, depth).to(memory_format=self.layout)
         params = penalized_parameters(self.model, linear=ARCHS[self.arch].linear)
         self.penalty = HALO(params, **COEFFICIENTS) if halo else Penalty(params)
@@ -110,27 +118,50 @@ def bench_step() -> dict[str, list[dict]]:
     return tables
 
 
+def bench_layout() -> dict[str, list[dict]]:
+    """Compare the two layouts of images and convolutions, which decides `channels_last` in models/__init__.py."""
+    tables = {}
+    for name, inner in (("VGG-16", 1), ("ResNet-50 (6n+2)", 1), ("ResNet-20", 1), ("LeNet-5", 20)):
+        functions = {
+            f"{label}, {amp or 'fp32'}": step_of(Training(name, halo=False, amp=amp, layout=layout), None)
+            for amp in (None, "bf16")
+            for label, layout in LAYOUTS.items()
+        }
+        times = interleave(functions, repeats=9, inner=inner)
+        tables[f"One step without penalty, {name}"] = rows(times, reference="contiguous, fp32", faster=True)
+    return tables
+
+
 def bench_penalty() -> dict[str, list[dict]]:
-    """Compare the penalty and the step of lam alone, and what it makes of the memory's bandwidth."""
-    training = Training("VGG-16")
-    for p in training.model.parameters():
+    """Compare the penalty and the step of lam alone: VGG-16 tensor by tensor, and as many parameters in one tensor."""
+    model = Training("VGG-16").model
+    layers = penalized_parameters(model)
+    count = sum(w.numel() for w in layers.values())
+    whole = {"w": nn.Parameter(torch.randn(count))}
+    title = f"Penalty and step of lam alone, {count:,} parameters in"
+    return {f"{title} {len(layers)} tensors": penalty_alone(layers), f"{title} one tensor": penalty_alone(whole)}
+
+
+def penalty_alone(params: dict[str, nn.Parameter]) -> list[dict]:
+    """Compare the forms of the penalty, and what the compiled one makes of the memory's bandwidth."""
+    for p in params.values():
         p.grad = torch.zeros_like(p)
-    count = sum(w.numel() for w in training.penalty.penalized.values())
+    penalty, count = HALO(params, **COEFFICIENTS), sum(w.numel() for w in params.values())
     a, b = torch.zeros(count), torch.zeros(count)
     functions = {
-        "autograd": NaiveTraining(training.model, training.penalty).penalty_step,
-        "add_grad_() and SGD": LambdaSGD(training.penalty, **SGD_FACTORS).step,
-        "one pass, without a C++ compiler": without_kernel(FusedHALO(training.penalty, **SGD_FACTORS)).step,
-        "one pass, compiled (default)": FusedHALO(training.penalty, **SGD_FACTORS).step,
+        "autograd": NaiveTraining(nn.ParameterList(params.values()), penalty).penalty_step,
+        "add_grad_() and SGD": LambdaSGD(penalty, **SGD_FACTORS).step,
+        "one pass, without a C++ compiler": without_kernel(FusedHALO(penalty, **SGD_FACTORS)).step,
+        "one pass, compiled (default)": FusedHALO(penalty, **SGD_FACTORS).step,
         "triad a += s * b": lambda: a.add_(b, alpha=0.5),
     }
-    table = rows(interleave(functions, repeats=21), reference="autograd", faster=True)
+    table = rows(interleave(functions, repeats=15), reference="autograd", faster=True)
     kernel, triad = table[3], table[4]
     for row, streams in ((kernel, 7), (triad, 3)):  # reads and writes of 4 bytes a parameter
         row["GB/s"] = 4 * streams * count / row["ms"] / 1e6
     kernel["of_triad"] = kernel["GB/s"] / triad["GB/s"]
     del triad["ratio"]
-    return {f"Penalty and step of lam alone, VGG-16, {count:,} parameters": table}
+    return table
 
 
 def bench_scaling() -> dict[str, list[dict]]:
@@ -153,7 +184,6 @@ def bench_scaling() -> dict[str, list[dict]]:
 def peak_memory(form: str, pipe: object) -> None:
     """Send the peak memory in bytes of a fresh process that trains VGG-16 for three steps."""
     training = Training("VGG-16", halo=form != "plain")
-    training.layout = torch.channels_last
     if form == "naive":
         naive = NaiveTraining(training.model, training.penalty)
         images, labels = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
@@ -162,7 +192,9 @@ def peak_memory(form: str, pipe: object) -> None:
         step = step_of(training, training.lam_optimizers[0].step if form == "halo" else None)
     for _ in range(3):
         step()
-    pipe.send(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # Not getrusage, whose maximum begins with that of the parent.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    pipe.send(1024 * int(status["VmHWM"].split()[0]))
 
 
 def bench_memory() -> dict[str, list[dict]]:
@@ -190,7 +222,7 @@ def bench_loader() -> dict[str, list[dict]]:
     """Compare the loader in memory with torchvision's transforms in two worker processes, over CIFAR shapes."""
     data = random_dataset((3, 32, 32), images=6400, augment=True)
     functions = {"DataLoader, PIL, 2 workers": lambda: [*pil_loader(data, batch_size=64)]}
-    for name, layout in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+    for name, layout in LAYOUTS.items():
         loader = Loader(data.train, data, batch_size=64, generator=torch.Generator(), memory_format=layout)
         functions[f"in memory, {name}"] = lambda loader=loader: [None for _ in loader]
     table = rows(interleave(functions, repeats=5), reference="DataLoader, PIL, 2 workers", faster=True)
@@ -212,7 +244,8 @@ def epochs_of(name: str, *, images: int, variants: dict[str, dict]) -> dict[str,
         training = Training(name, **options)
         loader = Loader(data.train, data, batch_size=batch, generator=torch.Generator(), memory_format=training.layout)
         functions[label] = lambda training=training, loader=loader: training.epoch(loader)
-    table = rows(interleave(functions, repeats=5), reference="naive", faster=True)
+    times = interleave(functions, repeats=3, warm_up=1)  # an epoch is many steps
+    table = rows(times, reference="naive", faster=True)
     for row in table:
         row["images/s"] = 1e3 * images / row["ms"]
     return {f"Epoch of {images:,} images, {name}, HALO, batch {batch}": table}
@@ -240,6 +273,7 @@ def bench_epoch() -> dict[str, list[dict]]:
 
 BENCHMARKS = {
     "step": bench_step,
+    "layout": bench_layout,
     "penalty": bench_penalty,
     "scaling": bench_scaling,
     "memory": bench_memory,

@@ -6,11 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-WARM_UP = 2  # calls that are not counted: allocation, caches, compilation
-
 
 def interleave(
-    functions: Mapping[str, Callable[[], object]], *, repeats: int, inner: int = 1
+    functions: Mapping[str, Callable[[], object]], *, repeats: int, inner: int = 1, warm_up: int = 2
 ) -> dict[str, list[float]]:
     """Time functions in turn, so that whatever else the machine does falls on all of them alike.
 
@@ -18,12 +16,13 @@ def interleave(
         functions: what to time, by name.
         repeats: how often each is timed.
         inner: calls in one timing.
+        warm_up: calls of each that are not counted: allocation, caches, compilation.
 
     Returns:
         Seconds a call by name, one a repetition.
     """
     for function in functions.values():
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):

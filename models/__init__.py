@@ -22,7 +22,7 @@ class Arch(NamedTuple):
     linear: bool  # whether linear layers are penalised and pruned too
     depth: int | None  # what the name implies; None: the architecture has no depth to choose
     depths: tuple[int, ...] = ()  # other depths that --depth may choose
-    channels_last: bool = False  # whether a step on CPU takes less time in this layout (measured, benchmarks/)
+    channels_last: bool = False  # whether a step on CPU is faster in this layout (benchmarks/run.py --only layout)
 
 
 RESNET_DEPTHS = tuple(depth for depth in range(8, 165) if blocks_per_stage(depth))
@@ -36,7 +36,7 @@ ARCHS: dict[str, Arch] = {
 ARCHS["resnet"] = Arch(ResNet, (3, 32, 32), False, 50, RESNET_DEPTHS, channels_last=True)
 ARCHS["lenet_300_100"] = Arch(LeNet300, (1, 28, 28), True, None)
 ARCHS["LeNet31"] = ARCHS["lenet_300_100"]
-ARCHS["lenet_5"] = Arch(LeNet5, (1, 28, 28), True, None)
+ARCHS["lenet_5"] = Arch(LeNet5, (1, 28, 28), True, None, channels_last=True)
 
 CIFAR_ARCHS = [name for name, arch in ARCHS.items() if not arch.linear]
 MNIST_ARCHS = [name for name, arch in ARCHS.items() if arch.linear]
