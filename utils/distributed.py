@@ -46,6 +46,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         yield
+        dist.barrier()  # nobody hangs up while another is still writing
     except RuntimeError as error:  # what gloo and nccl raise when a connection breaks
         raise ConnectionError(f"rank {rank()}: {lost(error)}; start the job again") from error
     finally:
