@@ -24,7 +24,7 @@ from utils.run import run_script
 
 PRUNE_ONLY = ("scheme", "recalibrate_bn")
 TRAIN_ONLY = (
-    *("penalty", "xi", "psi", "lambda_init", "reg_lr", "reg_wd", "released_lr", "evaluate", "val_split"),
+    *("penalty", "xi", "psi", "lambda_init", "reg_lr", "reg_wd", "released_lr", "evaluate", "no_test"),
     *("epochs", "train_batch", "lr", "momentum", "wd", "schedule", "gamma", "amp", "compile"),
 )
 

@@ -15,7 +15,7 @@ from utils.data import load_dataset
 from utils.experiment import make_loader, memory_format
 from utils.logger import say
 from utils.parameters import prunable_weights
-from utils.pruning import count_macs, dead_filters, overall_sparsity, sparsity_per_layer
+from utils.pruning import count_macs, dead_filters, overall_sparsity, savings, sparsity_per_layer
 from utils.run import choose_device, refuse_existing, write_json
 from utils.training import evaluate
 
@@ -68,23 +68,15 @@ def describe_sparsity(model: nn.Module, args: argparse.Namespace) -> dict:
     arch = ARCHS[args.arch]
     weights = prunable_weights(model, linear=arch.linear)
     layers = sparsity_per_layer(weights)
-    macs, dead = count_macs(model, arch.shape), dead_filters(weights)
+    dead = dead_filters(weights)
     below = {name: int((w.detach().abs() <= args.tau).sum()) for name, w in weights.items()}
-    parameters = sum(p.numel() for p in model.parameters())
-    nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
-    dense, left = sum(m.dense for m in macs), sum(m.remaining for m in macs)
     total = sum(layer.total for layer in layers)
     return {
-        "parameters": parameters,
-        "parameters_nonzero": nonzero,
+        **savings(model, arch.shape),
         "prunable": total,
         "prunable_nonzero": sum(layer.remaining for layer in layers),
         "sparsity": overall_sparsity(layers),
         "fraction_below_tau": sum(below.values()) / total,
-        "macs_dense": dense,
-        "macs_nonzero": left,
-        "compression_ratio": parameters / max(nonzero, 1),
-        "theoretical_speedup": dense / max(left, 1),
         "layers": [
             {
                 **layer._asdict(),
@@ -95,7 +87,7 @@ def describe_sparsity(model: nn.Module, args: argparse.Namespace) -> dict:
             }
             for layer in layers
         ],
-        "macs": [m._asdict() for m in macs],
+        "macs": [m._asdict() for m in count_macs(model, arch.shape)],
     }
 
 

@@ -336,7 +336,7 @@ class Experiment:
 
     def _test_best(self) -> dict:
         """With held-out images, evaluate the best epoch's weights on the test images, once."""
-        if self.held_out == "test":
+        if self.held_out == "test" or self.args.no_test:
             return {}
         path = self.folder / "model_best.pth.tar"
         result = evaluate_checkpoint(path, self.model, self.data, self.device, args=self.args)

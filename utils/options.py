@@ -130,6 +130,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--gamma", type=real(0), default=0.1, help="factor of each decay")
     text = "hold N training images out, choose the best epoch on them, read the test set once at the end"
     add("--val_split", type=whole(0), default=0, metavar="N", help=text)
+    text = "with --val_split, leave the test images alone at the end too"
+    add("--no_test", action="store_true", help=text)
     text = "compute the network in bf16, or in fp16 with a scaled loss; weights and penalty stay in fp32"
     add("--amp", choices=["bf16", "fp16"], nargs="?", const="bf16", help=text)
     add("--compile", action="store_true", help="compile the network: up to a minute the first time, then cached")
@@ -173,6 +175,8 @@ def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], i
         _useless("--released_lr", args.penalty)
     if args.penalty == "mcp" and args.psi == 0:
         raise OptionError("--psi 0 makes MCP divide by zero: give a positive number")
+    if args.no_test and not args.val_split:
+        raise OptionError("--no_test leaves nothing to choose the best epoch on: add --val_split N")
     if args.evaluate and not args.resume:
         raise OptionError("--evaluate needs the checkpoint to evaluate: add --resume FILE")
     if args.save_dir is None:

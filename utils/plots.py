@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -107,6 +108,70 @@ def plot_comparison(runs: Mapping[str, Mapping[float, float]], path: str | Path,
     axes.grid(alpha=0.3)
     axes.legend()
     figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def _look(number: int) -> dict:
+    style = ("o-", "s--", "^:", "D-.", "v-")[number % 5]
+    return {"fmt": style, "color": (DARK, LIGHT, MIDDLE, "black", "#999999")[number % 5]}
+
+
+def _by_ratio(axes: Axes, ratios: Sequence[float]) -> None:
+    axes.set_xticks(range(len(ratios)), ["dense" if ratio == 0 else f"{ratio:g}" for ratio in ratios])
+    axes.set(xlabel="fraction of the prunable weights removed (not to scale)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def plot_study(rows: Sequence[dict], path: str | Path, *, title: str) -> None:
+    """Draw the test accuracy of every method against the fraction removed, with standard deviations over seeds.
+
+    Args:
+        rows: from `utils.study_report.final_rows`.
+        path: PNG to write.
+        title: what the study asks.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes, ratios = figure.subplots(), sorted({row["ratio"] for row in rows})
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for number, method in enumerate(methods):
+        mine = [row for row in rows if row["method"] == method]
+        x = [ratios.index(row["ratio"]) + 0.06 * (number - len(methods) / 2) for row in mine]  # side by side
+        y, spread = [row["top1_mean"] for row in mine], [row["top1_std"] or 0 for row in mine]
+        axes.errorbar(x, y, yerr=spread, label=method, capsize=3, markersize=5, **_look(number))
+    axes.set(ylabel="test top-1 (%)")
+    _by_ratio(axes, ratios)
+    last = [row for row in rows if row["ratio"] == ratios[-1]]
+    best = max(last, key=lambda row: row["top1_mean"])
+    seeds = f"{min(row['n'] for row in rows)} to {max(row['n'] for row in rows)} seeds"
+    finding = f"at {ratios[-1]:g} removed, {best['method']} keeps most: {best['top1_mean']:.2f}% ({seeds})"
+    figure.suptitle(f"{title}\n{finding}")
+    save_figure(figure, path)
+
+
+def plot_pareto(tuned: Mapping[str, Mapping[str, Mapping[float, float]]], path: str | Path, *, title: str) -> None:
+    """Draw every tuned run on the held-out images, and for each method the best at each ratio.
+
+    Args:
+        tuned: method to name of the configuration to ratio to top-1 in percent (0: dense).
+        path: PNG to write.
+        title: what the study asks.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    ratios = sorted({ratio for configs in tuned.values() for run in configs.values() for ratio in run})
+    for number, (method, configs) in enumerate(tuned.items()):
+        runs, look = [run for run in configs.values() if run], _look(number)
+        for run in runs:
+            axes.plot(range(len(ratios)), [run[r] for r in ratios], "-", color=look["color"], alpha=0.25, linewidth=0.8)
+        if runs:
+            best = [max(run[ratio] for run in runs) for ratio in ratios]
+            axes.plot(
+                range(len(ratios)), best, look["fmt"], color=look["color"], label=f"{method}, best of {len(runs)}"
+            )
+    axes.set(ylabel="top-1 on the held-out images (%)")
+    _by_ratio(axes, ratios)
+    figure.suptitle(f"{title}\nall tuned runs (thin) and the best of each method at each ratio")
     save_figure(figure, path)
 
 

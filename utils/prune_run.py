@@ -17,7 +17,7 @@ from utils.data import Dataset, load_dataset
 from utils.experiment import make_loader, memory_format
 from utils.logger import say, warn, write_csv
 from utils.parameters import prunable_weights
-from utils.pruning import SCHEMES, LayerSparsity, magnitude_threshold, overall_sparsity, sparsity_per_layer
+from utils.pruning import SCHEMES, LayerSparsity, magnitude_threshold, overall_sparsity, savings, sparsity_per_layer
 from utils.run import choose_device, refuse_existing, set_seed, write_json
 from utils.training import evaluate
 
@@ -88,11 +88,12 @@ def prune_and_evaluate(args: argparse.Namespace) -> dict:
     arch, paths = ARCHS[args.arch], outputs(args)
     refuse_existing(paths.values(), overwrite=args.overwrite, make_folder=True)
     state = load_checkpoint(args.resume)
-    data = load_dataset(args.dataset, args.data, shape=arch.shape)
+    data = load_dataset(args.dataset, args.data, shape=arch.shape, val_split=args.val_split)
     model = build_model(args.arch, len(data.classes), args.depth)
     model.to(device, memory_format=memory_format(args.arch, device))
     load_weights(model, state["state_dict"], path=args.resume)
-    loader = make_loader(data, "test", device, arch=args.arch, batch_size=args.test_batch)
+    images = "val" if args.val_split else "test"
+    loader = make_loader(data, images, device, arch=args.arch, batch_size=args.test_batch)
     before, weights = evaluate(model, loader, device=device), prunable_weights(model, linear=arch.linear)
     start = copy.deepcopy(model.state_dict())
     report = {
@@ -102,19 +103,20 @@ def prune_and_evaluate(args: argparse.Namespace) -> dict:
         "depth": args.depth,
         "scheme": args.scheme,
         "seed": args.seed,
+        "images": images,
         "before": before | {"sparsity": overall_sparsity(sparsity_per_layer(weights))},
         "results": [],
     }
     say(f"before: sparsity {report['before']['sparsity']:.4f}  {_numbers(before)}")
     for percent in args.percent:
         model.load_state_dict(start)
-        result = _prune_once(args, model, percent, linear=arch.linear)
+        result = _prune_once(args, model, percent, linear=arch.linear) | savings(model, arch.shape)
         result["after"] = evaluate(model, loader, device=device)
         say(f"pruned {percent:g}: sparsity {result['sparsity']:.4f}  {_numbers(result['after'])}")
         _save(paths[f"{percent}"], state, model, args, result, accuracy=result["after"]["top1"])
         if args.recalibrate_bn:
-            images = {"images": args.recalibrate_bn, "batch": args.test_batch}
-            recalibrate_batch_norm(model, data, device, arch=args.arch, **images, seed=args.seed)
+            share = {"images": args.recalibrate_bn, "batch": args.test_batch}
+            recalibrate_batch_norm(model, data, device, arch=args.arch, **share, seed=args.seed)
             result["recalibrated"] = evaluate(model, loader, device=device)
             say(f"pruned {percent:g}, BatchNorm recalibrated: {_numbers(result['recalibrated'])}")
             path = paths[f"{percent} recalibrated"]

@@ -192,3 +192,28 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> list[LayerMacs]
 def dead_filters(weights: Mapping[str, Tensor]) -> dict[str, int]:
     """Return for each layer how many of its outputs have no non-zero weight left."""
     return {name: int((w.detach().flatten(1).count_nonzero(1) == 0).sum()) for name, w in weights.items()}
+
+
+def savings(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, float]:
+    """Return what zeros save: parameters and multiply-accumulates, all and non-zero, and their ratios.
+
+    Args:
+        model: the network.
+        shape: of one image: channels, height, width.
+
+    Returns:
+        `parameters`, `parameters_nonzero`, `macs_dense`, `macs_nonzero`, `compression_ratio` (all parameters / non-zero
+        ones, biases and BatchNorm included) and `theoretical_speedup` (dense / remaining multiply-accumulates).
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
+    macs = count_macs(model, shape)
+    dense, left = sum(m.dense for m in macs), sum(m.remaining for m in macs)
+    return {
+        "parameters": parameters,
+        "parameters_nonzero": nonzero,
+        "macs_dense": dense,
+        "macs_nonzero": left,
+        "compression_ratio": parameters / max(nonzero, 1),
+        "theoretical_speedup": dense / max(left, 1),
+    }

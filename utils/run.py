@@ -211,6 +211,20 @@ def describe(args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
+def read_json(path: str | Path) -> dict | None:
+    """Read a JSON file; None if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it") from error
+
+
 def write_json(path: str | Path, content: dict) -> None:
     """Write a JSON file atomically; NaN and infinity, which JSON lacks, become null.
 

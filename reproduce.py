@@ -1,0 +1,142 @@
+"""Run a study: tune every method on held-out images, then measure the chosen ones on the test images.
+
+    python reproduce.py mnist_lenet300 --data data --jobs 2     # results/studies/mnist_lenet300.json
+    python reproduce.py mnist_lenet300 --dry_run                # what would run, and how long it would take
+    python reproduce.py --list
+
+Stop it whenever you like: the same command goes on where it was. Leaves in --out (default runs/studies/<study>)
+a folder for every run, chosen.json, table.md, table.csv, accuracy_vs_sparsity.png and pareto.png.
+"""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import time
+from pathlib import Path
+
+from utils import options
+from utils.logger import say
+from utils.run import read_json, require_writable, run_script, write_json
+from utils.study import Study, load_study, read_accuracies
+from utils.study_jobs import Job, final_jobs, run_jobs, save_choice, tuning_jobs
+from utils.study_report import write_report
+
+STUDIES = Path(__file__).resolve().parent / "results" / "studies"
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line of this script."""
+    parser = options.Parser(__doc__)
+    parser.add_argument("study", metavar="STUDY", nargs="?", help="name of a study, or path of a study file")
+    parser.add_argument("--list", action="store_true", help="list the studies and stop")
+    parser.add_argument("--dry_run", action="store_true", help="say what would run and how long it would take")
+    parser.add_argument("--seeds", type=options.whole(0), nargs="+", metavar="N", help="seeds (default: the study's)")
+    parser.add_argument("--jobs", type=options.whole(1), metavar="N", help="runs at a time (default: one a core)")
+    parser.add_argument("--out", metavar="DIR", help="the outputs (default: runs/studies/<study>)")
+    parser.add_argument("--data", default="data", metavar="DIR", help="folder that holds the images")
+    return parser
+
+
+def list_studies() -> dict:
+    """Print the studies there are; return their titles by name."""
+    titles = {path.stem: load_study(path).title for path in sorted(STUDIES.glob("*.json"))}
+    for name, title in titles.items():
+        say(f"{name:<20}{title}")
+    return titles
+
+
+def duration(seconds: float) -> str:
+    """Format seconds for reading."""
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
+
+
+class Progress:
+    """Counts what is done of a phase and estimates the rest from the runs that are measured.
+
+    Args:
+        jobs: of the phase.
+        out: folder of the outputs, which keeps the seconds of earlier runs.
+        processes: runs at a time.
+    """
+
+    def __init__(self, jobs: list[Job], out: Path, *, processes: int) -> None:
+        self.jobs, self.path, self.processes = jobs, out / "seconds.json", processes
+        self.left = [job for job in jobs if not job.done]
+        self.seconds: dict[str, float] = read_json(self.path) or {}
+
+    def estimate(self, count: int) -> str:
+        """Say how long so many jobs take, going by the mean of those that were trained here."""
+        if not self.seconds:
+            return "unknown time (no run is finished yet)"
+        each = sum(self.seconds.values()) / len(self.seconds)
+        return f"about {duration(count * each / self.processes)}"
+
+    def add(self, job: Job, seconds: float, number: int) -> None:
+        """Record a finished job and say so."""
+        self.seconds[str(job)] = seconds
+        write_json(self.path, self.seconds)
+        accuracies = read_accuracies(job.measurement("global") / "prune.json")
+        text = ", ".join(f"{ratio:g}: {value:.2f}" for ratio, value in accuracies.items()) or "diverged"
+        left = len(self.left) - number
+        say(f"[{len(self.jobs) - left}/{len(self.jobs)}] {job}: {text}; {seconds:.0f} s; {self.estimate(left)} left")
+
+
+def run_phase(jobs: list[Job], out: Path, *, processes: int) -> None:
+    """Run what is not done of some jobs."""
+    progress = Progress(jobs, out, processes=processes)
+    for number, (job, seconds) in enumerate(run_jobs(progress.left, processes=processes), start=1):
+        progress.add(job, seconds, number)
+
+
+def dry_run(study: Study, out: Path, data: str, *, processes: int) -> dict:
+    """Say what would run; return the numbers of runs."""
+    tuning = Progress(tuning_jobs(study, out, data), out, processes=processes)
+    say(f"{study.name}: {study.title}")
+    say(f"tuning: {len(tuning.jobs)} runs, {len(tuning.left)} to do, {tuning.estimate(len(tuning.left))}")
+    final = Progress(final_jobs(study, out, data), out, processes=processes)
+    most = len(study.methods) * len(study.percent) * len(study.seeds)
+    if tuning.left:
+        say(f"then at most {most} runs of the chosen coefficients, fewer where ratios share them")
+    else:
+        say(f"chosen: {len(final.jobs)} runs, {len(final.left)} to do, {final.estimate(len(final.left))}")
+    return {"tuning": len(tuning.left), "final": None if tuning.left else len(final.left)}
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Run the study, or say what would run.
+
+    Returns:
+        The rows of table.csv by scheme; with --list or --dry_run what they print.
+    """
+    if args.list:
+        return list_studies()
+    if args.study is None:
+        raise options.OptionError("name a study, such as mnist_lenet300; --list shows those there are")
+    path = Path(args.study) if args.study.endswith(".json") else STUDIES / f"{args.study}.json"
+    study = load_study(path)
+    if args.seeds:
+        study = dataclasses.replace(study, seeds=tuple(args.seeds))
+    out = Path(args.out or f"runs/studies/{study.name}")
+    processes = args.jobs or os.cpu_count() or 1
+    if args.dry_run:
+        return dry_run(study, out, args.data, processes=processes)
+    require_writable(out, make=True)
+    start = time.perf_counter()
+    command = f"python reproduce.py {shlex.quote(args.study)}" + (
+        f" --seeds {' '.join(map(str, args.seeds))}" if args.seeds else ""
+    )
+    try:
+        run_phase(tuning_jobs(study, out, args.data), out, processes=processes)
+        save_choice(study, out)
+        run_phase(final_jobs(study, out, args.data), out, processes=processes)
+    except KeyboardInterrupt as error:
+        raise type(error)(f"stopped; the same command goes on, {out} holds what is done") from error
+    finally:
+        rows = write_report(study, out, command=command)
+    say(f"{duration(time.perf_counter() - start)}; {out}/table.md, table.csv, accuracy_vs_sparsity.png, pareto.png")
+    return rows
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser())

@@ -1,0 +1,175 @@
+"""A study on a small grid of digits: tuned on held-out images, measured once, continued wherever it was stopped."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+import reproduce
+from utils.study import choose, load_study, on_edge, read_accuracies
+
+STUDY = {
+    "title": "Digits: a small study",
+    "options": {
+        "dataset": "digits",
+        "arch": "lenet_300_100",
+        "epochs": 2,
+        "schedule": [1],
+        "train_batch": 64,
+        "lr": 0.05,
+        "val_split": 300,
+    },
+    "percent": [0.5, 0.95],
+    "tune_seeds": [1],
+    "seeds": [1, 2],
+    "methods": {
+        "none": {"penalty": "none"},
+        "L1": {"penalty": "l1", "grid": {"xi": [1e-4, 1e-3, 1e30]}},
+        "HALO": {"penalty": "halo", "grid": {"xi": [1e-4], "psi": [1e-3]}},
+    },
+    "controls": ["HALO"],
+}
+
+
+def write_study(folder, **changes):
+    path = folder / "small.json"
+    path.write_text(json.dumps(STUDY | changes))
+    return path
+
+
+def run(*options):
+    return reproduce.main(reproduce.get_parser().parse_args([str(option) for option in options]))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished study: its file and its folder. One L1 diverges."""
+    folder = tmp_path_factory.mktemp("study")
+    path, out = write_study(folder), folder / "out"
+    run(path, "--out", out, "--jobs", 2)
+    return path, out
+
+
+def test_every_configuration_is_tuned_and_a_diverged_one_is_recorded(done):
+    path, out = done
+    study = load_study(path)
+    assert len(study.configs) == 5
+    for config in study.configs:
+        folder = out / config.method / config.name / "seed1"
+        if config.name == "xi1e+30":
+            assert "penalty did it" in json.loads((folder / "failed.json").read_text())["reason"]
+            continue
+        report = json.loads((folder / "val" / "prune.json").read_text())
+        assert report["images"] == "val" and [r["asked"] for r in report["results"]] == [0.5, 0.95]
+        assert "test_of_best" not in json.loads((folder / "run" / "summary.json").read_text())
+    assert "diverged" in (out / "table.md").read_text()
+
+
+def test_the_best_on_held_out_images_is_chosen_and_only_it_is_tested(done):
+    path, out = done
+    study, chosen = load_study(path), choose(load_study(path), out)
+    for method, of_ratio in chosen.items():
+        for ratio, config in of_ratio.items():
+            others = [read_accuracies(out / method / c.name / "seed1/val/prune.json") for c in study.of_method(method)]
+            mine = read_accuracies(out / method / config.name / "seed1/val/prune.json")
+            assert mine[ratio] == max(other[ratio] for other in others if other)
+    tested = {p.parent.parent.parent.relative_to(out) for p in out.glob("*/*/seed*/test/prune.json")}
+    assert {str(p) for p in tested} == {f"{m}/{c.name}" for m, of in chosen.items() for c in of.values()}
+
+
+def test_table_holds_mean_and_spread_of_what_was_measured(done):
+    path, out = done
+    with open(out / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    row = next(r for r in rows if (r["scheme"], r["method"], r["ratio"]) == ("global", "none", "0.95"))
+    values = [read_accuracies(out / "none/plain" / f"seed{seed}" / "test/prune.json")[0.95] for seed in (1, 2)]
+    assert int(row["n"]) == 2 and float(row["top1_mean"]) == pytest.approx(sum(values) / 2)
+    assert float(row["top1_std"]) == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert float(row["compression"]) > 15  # 0.95 of the weights are gone, the biases are not
+    assert {r["scheme"] for r in rows if r["method"] == "HALO"} == {"global", "layerwise", "random", "shuffle"}
+    assert {r["scheme"] for r in rows if r["method"] == "L1"} == {"global"}
+    for name in ("accuracy_vs_sparsity.png", "pareto.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_again_runs_nothing(done, capsys):
+    path, out = done
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("final.pth.tar")}
+    assert run(path, "--out", out, "--dry_run") == {"tuning": 0, "final": 0}
+    capsys.readouterr()
+    run(path, "--out", out, "--jobs", 1)
+    assert "[" not in capsys.readouterr().out.splitlines()[0]
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("final.pth.tar")} == before
+
+
+def test_more_seeds_add_runs(done, tmp_path):
+    path, out = done
+    shutil.copytree(out, tmp_path / "out")
+    counts = run(path, "--out", tmp_path / "out", "--seeds", 1, 2, 3, "--dry_run")
+    chosen = choose(load_study(path), out)
+    assert counts["final"] == sum(len(set(of.values())) for of in chosen.values())
+
+
+def test_another_study_in_the_same_folder_is_refused(done, tmp_path, fails_in):
+    path, out = done
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/none/plain/seed1/val")
+    other = write_study(tmp_path, options=STUDY["options"] | {"lr": 0.06})
+    status, line = fails_in(reproduce, other, "--out", tmp_path / "out", "--jobs", 1)
+    assert status == 1 and "lr 0.05" in line and "--out" in line
+
+
+def test_killed_with_all_its_workers_it_goes_on_where_it_was(tmp_path):
+    path, out = write_study(tmp_path, seeds=[1], controls=[]), tmp_path / "out"
+    command = [sys.executable, str(ROOT / "reproduce.py"), str(path), "--out", str(out), "--jobs", "1"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 60
+    while time.time() < deadline and not list(out.glob("*/*/seed1/val/prune.json")):
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL
+    finished = {p: p.stat().st_mtime_ns for p in out.glob("*/*/seed1/run/final.pth.tar")}
+    rows = run(path, "--out", out, "--jobs", 1)
+    assert {row["method"] for row in rows["global"]} == {"none", "L1", "HALO"}
+    assert all(p.stat().st_mtime_ns == time_ns for p, time_ns in finished.items())
+
+
+def test_the_end_of_a_grid_is_seen(tmp_path):
+    study = load_study(write_study(tmp_path))
+    edges = {config.name: on_edge(study, config) for config in study.of_method("L1")}
+    assert edges == {"xi0.0001": ["xi"], "xi0.001": [], "xi1e+30": ["xi"]}
+    assert [on_edge(study, config) for config in study.of_method("HALO")] == [[]]  # one value each is no grid
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"methods": {"L1": {"penalty": "l1", "grid": {"psi": [1.0]}}}, "controls": []}, "--psi does nothing"),
+        ({"methods": {"L1": {"penalty": "lasso"}}, "controls": []}, "--lasso"),
+        ({"controls": ["L2"]}, "L2"),
+        ({"options": {"arch": "lenet_300"}}, "arch"),
+        ({"options": STUDY["options"] | {"val_split": 0}}, "val_split"),
+        ({"options": STUDY["options"] | {"epoch": 3}}, "--epoch"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+def test_a_wrong_study_file_is_one_line(tmp_path, fails_in, changes, words):
+    status, line = fails_in(reproduce, write_study(tmp_path, **changes), "--out", tmp_path / "out")
+    assert status == 1 and words in line and "small.json" in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["no_such_study"], ["missing.json"], []])
+def test_a_missing_study_says_where_to_look(fails_in, options):
+    status, line = fails_in(reproduce, *options)
+    assert status in (1, 2) and "--list" in line
+
+
+def test_every_study_here_can_be_read(capsys):
+    assert set(run("--list")) == {"cifar10_resnet20", "mnist_lenet300", "mnist_lenet5"}

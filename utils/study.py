@@ -1,0 +1,233 @@
+"""A study: a grid of runs, the choice among them on held-out images, and the chosen ones on the test images."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from models import ARCHS, resolve_depth
+from utils import options
+from utils.data import datasets_of
+from utils.options import OptionError
+from utils.pruning import SCHEMES
+
+KEYS = ("title", "options", "percent", "tune_seeds", "seeds", "methods", "controls")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One method with one choice of its coefficients."""
+
+    method: str
+    penalty: str
+    coefficients: tuple[tuple[str, float], ...]
+
+    @property
+    def name(self) -> str:
+        """The name of its folder, such as "xi0.0001_psi0.0001"."""
+        return "_".join(f"{key}{value:g}" for key, value in self.coefficients) or "plain"
+
+    @property
+    def flags(self) -> list[str]:
+        """Its part of the command line."""
+        flags = [] if self.penalty == "none" else [f"--{self.penalty}"]
+        return flags + [part for key, value in self.coefficients for part in (f"--{key}", f"{value:g}")]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file says.
+
+    Attributes:
+        name: of the file, without its ending.
+        title: what the study asks.
+        options: of every run, as a command line.
+        percent: the fractions of weights to remove.
+        tune_seeds: of the runs on which coefficients are chosen.
+        seeds: of the runs of the chosen coefficients.
+        configs: all methods with all their coefficients.
+        controls: methods that are also pruned by the other schemes.
+    """
+
+    name: str
+    title: str
+    options: tuple[str, ...]
+    percent: tuple[float, ...]
+    tune_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+    configs: tuple[Config, ...]
+    controls: tuple[str, ...]
+
+    @property
+    def methods(self) -> list[str]:
+        """The names of the methods, in order."""
+        return list(dict.fromkeys(config.method for config in self.configs))
+
+    def of_method(self, method: str) -> list[Config]:
+        """Return the configurations of one method."""
+        return [config for config in self.configs if config.method == method]
+
+
+def _command_line(chosen: dict) -> tuple[str, ...]:
+    parts: list[str] = []
+    for key, value in chosen.items():
+        if value is not False:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            parts += [f"--{key}", *map(str, values)]
+    return tuple(parts)
+
+
+def _configs(methods: dict) -> tuple[Config, ...]:
+    configs = []
+    for method, choice in methods.items():
+        grid = choice.get("grid", {})
+        for values in itertools.product(*grid.values()):
+            configs.append(Config(method, choice["penalty"], tuple(zip(grid, map(float, values), strict=True))))
+    return tuple(configs)
+
+
+def load_study(path: str | Path) -> Study:
+    """Read a study file (JSON); results/studies/README.md describes it.
+
+    Raises:
+        ValueError: the file is missing or says something that cannot be done, with what and how to correct it.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+        if set(content) != set(KEYS):
+            wrong = sorted(set(content) ^ set(KEYS))[0]
+            raise ValueError(f"{'unknown' if wrong in content else 'missing'} key {wrong!r}")
+        study = Study(
+            name=path.stem,
+            title=content["title"],
+            options=_command_line(content["options"]),
+            percent=tuple(content["percent"]),
+            tune_seeds=tuple(content["tune_seeds"]),
+            seeds=tuple(content["seeds"]),
+            configs=_configs(content["methods"]),
+            controls=tuple(content["controls"]),
+        )
+        unknown = [method for method in study.controls if method not in study.methods]
+        if unknown:
+            raise ValueError(f"'controls' names {unknown[0]!r}, which is no method")
+        for config in study.configs:
+            arguments = training_arguments(study, config, seed=1, folder=Path("unused"), data="data")
+            if not arguments.val_split:
+                raise ValueError("'options' lacks val_split: without held-out images nothing can be chosen")
+    except FileNotFoundError as error:
+        raise ValueError(f"no study file {path}: python reproduce.py --list shows those there are") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no study file: {error}; correct the file") from error
+    return study
+
+
+class _Parser(options.Parser):
+    """Raises where a script's parser would end the process."""
+
+    def error(self, message: str) -> None:
+        raise OptionError(message)
+
+
+def _shape(study: Study) -> tuple[int, int, int]:
+    arch = study.options[study.options.index("--arch") + 1] if "--arch" in study.options else None
+    if arch not in ARCHS:
+        raise OptionError(f"'options' needs an arch: choose from {', '.join(ARCHS)}")
+    return ARCHS[arch].shape
+
+
+def _parser(study: Study) -> options.Parser:
+    shape = _shape(study)
+    parser = _Parser(None)
+    options.add_data(parser, datasets_of(shape), default=datasets_of(shape)[0])
+    options.add_model(parser, [name for name, arch in ARCHS.items() if arch.shape == shape], default=None)
+    return parser
+
+
+def training_arguments(study: Study, config: Config, *, seed: int, folder: Path, data: str) -> argparse.Namespace:
+    """Return the options of one training run, as cifar.py or mnist/mnist.py would have them.
+
+    Raises:
+        OptionError: the study's options do not go together.
+    """
+    parser = _parser(study)
+    options.add_penalty(parser)
+    options.add_training(parser)
+    options.add_run(parser)
+    own = ["--data", data, "--save_dir", str(folder / "run"), "--seed", str(seed), "--no_test"]
+    args = parser.parse_args([*study.options, *config.flags, *own])
+    checkpoint = folder / "run" / "checkpoint.pth.tar"
+    args.resume = str(checkpoint) if checkpoint.exists() else None
+    options.resolve(args, depth_of=resolve_depth)
+    return args
+
+
+def pruning_arguments(
+    training: argparse.Namespace, *, percent: tuple[float, ...], scheme: str, images: str, folder: Path
+) -> argparse.Namespace:
+    """Return the options of pruning one trained run.
+
+    Args:
+        training: the options of the run.
+        percent: the fractions to remove.
+        scheme: what to remove; a key of utils.pruning.SCHEMES.
+        images: "val" to measure on the held-out images, "test" on the test images.
+        folder: where to write.
+    """
+    values = {name: getattr(training, name) for name in ("dataset", "data", "test_batch", "arch", "depth", "seed")}
+    values |= {"val_split": training.val_split if images == "val" else 0, "device": training.device}
+    values |= {"percent": list(percent), "scheme": scheme, "recalibrate_bn": 0, "overwrite": True}
+    checkpoint = Path(training.save_dir) / "final.pth.tar"
+    return argparse.Namespace(**values, resume=str(checkpoint), save_dir=str(folder))
+
+
+def read_accuracies(path: Path) -> dict[float, float]:
+    """Return top-1 in percent by ratio from a prune.json, 0 for the network before pruning; empty without the file."""
+    if not path.exists():
+        return {}
+    report = json.loads(path.read_text())
+    return {0.0: report["before"]["top1"]} | {r["asked"]: r["after"]["top1"] for r in report["results"]}
+
+
+def run_folder(out: Path, config: Config, seed: int) -> Path:
+    """Return the folder of one run."""
+    return out / config.method / config.name / f"seed{seed}"
+
+
+def held_out_accuracy(study: Study, out: Path, config: Config) -> dict[float, float]:
+    """Return the mean top-1 on the held-out images over the tuning seeds, by ratio; empty if a run diverged."""
+    runs = [read_accuracies(run_folder(out, config, seed) / "val" / "prune.json") for seed in study.tune_seeds]
+    if not all(runs):
+        return {}
+    return {ratio: mean(run[ratio] for run in runs) for ratio in (0.0, *study.percent)}
+
+
+def choose(study: Study, out: Path) -> dict[str, dict[float, Config]]:
+    """Return for each method and ratio the configuration that is best on the held-out images (the first of equals).
+
+    A method of which every run diverged has none.
+    """
+    chosen: dict[str, dict[float, Config]] = {}
+    for method in study.methods:
+        accuracies = {config: held_out_accuracy(study, out, config) for config in study.of_method(method)}
+        accuracies = {config: values for config, values in accuracies.items() if values}
+        if accuracies:
+            chosen[method] = {r: max(accuracies, key=lambda c: accuracies[c][r]) for r in study.percent}
+    return chosen
+
+
+def on_edge(study: Study, config: Config) -> list[str]:
+    """Return the coefficients at which the grid of the method ends, so that a better one may lie beyond."""
+    result = []
+    for key, value in config.coefficients:
+        tried = {dict(other.coefficients)[key] for other in study.of_method(config.method)}
+        if len(tried) > 1 and value in (min(tried), max(tried)):
+            result.append(key)
+    return result
+
+
+CONTROLS = tuple(scheme for scheme in SCHEMES if scheme != "global")

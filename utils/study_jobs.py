@@ -1,0 +1,171 @@
+"""The jobs of a study: train, prune, measure; side by side, skipping what is done, continuing what was stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from utils.experiment import FREE_ON_RESUME, train_or_evaluate
+from utils.prune_run import prune_and_evaluate
+from utils.run import read_json, write_json
+from utils.study import CONTROLS, Config, Study, choose, pruning_arguments, run_folder, training_arguments
+from utils.training import NonFiniteLossError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to train, and what to measure on it.
+
+    Attributes:
+        study: it belongs to this.
+        config: method and coefficients.
+        seed: of the run.
+        out: folder of the study's outputs.
+        data: folder of the images.
+        percent: fractions to remove.
+        images: "val" to measure on the held-out images, "test" on the test images.
+        schemes: how to prune.
+    """
+
+    study: Study
+    config: Config
+    seed: int
+    out: Path
+    data: str
+    percent: tuple[float, ...]
+    images: str
+    schemes: tuple[str, ...] = ("global",)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run and its measurements go."""
+        return run_folder(self.out, self.config, self.seed)
+
+    def measurement(self, scheme: str) -> Path:
+        """Return the folder of one measurement."""
+        return self.folder / (self.images if scheme == "global" else f"{self.images}_{scheme}")
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing to do: all is measured, or the run diverged."""
+        return (self.folder / "failed.json").exists() or all(self._measured(scheme) for scheme in self.schemes)
+
+    def _measured(self, scheme: str) -> bool:
+        report = read_json(self.measurement(scheme) / "prune.json")
+        return report is not None and {r["asked"] for r in report["results"]} >= set(self.percent)
+
+    def __str__(self) -> str:
+        return f"{self.config.method} {self.config.name} seed {self.seed}, {self.images}"
+
+
+def tuning_jobs(study: Study, out: Path, data: str) -> list[Job]:
+    """Return the jobs that measure every configuration on the held-out images."""
+    pairs = [(config, seed) for seed in study.tune_seeds for config in study.configs]
+    return [Job(study, config, seed, out, data, study.percent, "val") for config, seed in pairs]
+
+
+def final_jobs(study: Study, out: Path, data: str) -> list[Job]:
+    """Return the jobs that measure the chosen configurations on the test images, each only where it was chosen."""
+    jobs = []
+    for method, choice in choose(study, out).items():
+        schemes = ("global", *(CONTROLS if method in study.controls else ()))
+        for config in dict.fromkeys(choice.values()):
+            percent = tuple(ratio for ratio in study.percent if choice[ratio] == config)
+            jobs += [Job(study, config, seed, out, data, percent, "test", schemes) for seed in study.seeds]
+    return sorted(jobs, key=lambda job: job.seed)  # so that a study that is cut short has some of each
+
+
+def run_job(job: Job) -> float:
+    """Do what is not done of a job; return the seconds it took. What it says goes to log.txt."""
+    start = time.perf_counter()
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with open(job.folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            training = train(job)
+            for scheme in job.schemes:
+                measure(job, training, scheme)
+        except NonFiniteLossError as error:
+            write_json(job.folder / "failed.json", {"reason": str(error)})
+    return time.perf_counter() - start
+
+
+def train(job: Job):
+    """Train the run unless it is trained; return its options.
+
+    Raises:
+        ValueError: the folder holds a run with other options.
+    """
+    args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
+    summary = read_json(job.folder / "run" / "summary.json")
+    if summary is None:
+        train_or_evaluate(args)
+        return args
+    was, now = summary["arguments"], vars(args)
+    changed = [key for key in was if key not in FREE_ON_RESUME - {"epochs"} and was[key] != now[key]]
+    if changed:
+        raise ValueError(
+            f"{job.folder} was trained with {changed[0]} {was[changed[0]]}, the study now says {now[changed[0]]}: "
+            "give another --out, or remove the folder"
+        )
+    return args
+
+
+def measure(job: Job, training, scheme: str) -> None:
+    """Prune the trained run at the job's ratios and evaluate it; keep the numbers, not the pruned networks."""
+    if job._measured(scheme):
+        return
+    folder = job.measurement(scheme)
+    prune_and_evaluate(
+        pruning_arguments(training, percent=job.percent, scheme=scheme, images=job.images, folder=folder)
+    )
+    for path in folder.glob("pruned_*.pth.tar"):
+        path.unlink()
+
+
+def prepare_worker(threads: int) -> None:
+    """Set a worker process up: its share of the cores, and no Ctrl-C of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+
+
+def run_jobs(jobs: list[Job], *, processes: int) -> Iterator[tuple[Job, float]]:
+    """Run jobs side by side; yield each with its seconds when it is done.
+
+    Args:
+        jobs: what to do.
+        processes: how many at a time; the cores are shared equally between them.
+
+    Raises:
+        OSError: a worker process was lost.
+        KeyboardInterrupt: Ctrl-C; the workers are ended.
+    """
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=prepare_worker, initargs=(threads,))
+    try:
+        waiting = {pool.submit(run_job, job): job for job in jobs}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+    except BrokenProcessPool as error:
+        raise OSError("a worker process was lost (killed, or out of memory); the same command continues") from error
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def save_choice(study: Study, out: Path) -> None:
+    """Write chosen.json: for each method and ratio the coefficients that were best on the held-out images."""
+    choice = choose(study, out)
+    content = {m: {f"{ratio:g}": dict(c.coefficients) for ratio, c in of.items()} for m, of in choice.items()}
+    write_json(out / "chosen.json", content)
