@@ -134,6 +134,20 @@ def test_val_split_leaves_the_test_set_alone(tiny, tmp_path, monkeypatch):
     assert summary["test_of_best"] == evaluated
 
 
+def test_no_test_never_reads_the_test_images(tiny, tmp_path, monkeypatch):
+    from utils import experiment
+
+    original = experiment.make_loader
+
+    def watch(data, split, *args, **kwargs):
+        assert split != "test"
+        return original(data, split, *args, **kwargs)
+
+    monkeypatch.setattr(experiment, "make_loader", watch)
+    summary = train(*tiny, "--val_split", "9", "--no_test")
+    assert "test_of_best" not in summary and "val_top1" in summary["final"]
+
+
 def test_a_folder_with_a_run_is_not_overwritten_by_accident(tiny, tmp_path, fails):
     train(*tiny, *HALO)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}

@@ -141,6 +141,23 @@ def test_pruning_files_and_numbers(network, tmp_path):
     assert "EMPTY" in (tmp_path / "prune.txt").read_text()
 
 
+def test_pruning_on_held_out_images_reads_no_others(network, tmp_path, monkeypatch):
+    from utils import prune_run
+
+    seen = []
+    original = prune_run.make_loader
+
+    def watch(data, split, *args, **kwargs):
+        seen.append((split, len(data.val.labels)))
+        return original(data, split, *args, **kwargs)
+
+    monkeypatch.setattr(prune_run, "make_loader", watch)
+    options, model = network
+    pruning = ["--percent", "0.5", "--resume", model, "--save_dir", tmp_path, "--val_split", "9"]
+    report = call(cifar_prune_iterative, *options, *pruning)
+    assert seen == [("val", 9)] and report["images"] == "val"
+
+
 def test_pruning_a_pruned_file_composes(network, tmp_path):
     options, model = network
     call(cifar_prune_iterative, *options, "--percent", "0.5", "--resume", model, "--save_dir", tmp_path / "a")
