@@ -117,6 +117,18 @@ def test_more_seeds_add_runs(done, tmp_path):
     assert counts["final"] == sum(len(set(of.values())) for of in chosen.values())
 
 
+def test_a_deleted_network_is_trained_again_only_when_it_is_needed(done, tmp_path):
+    path, out = done
+    shutil.copytree(out, tmp_path / "out")
+    for file in (tmp_path / "out").rglob("*.pth.tar"):
+        file.unlink()
+    before = read_accuracies(out / "none/plain/seed1/test/prune.json")
+    shutil.rmtree(tmp_path / "out/none/plain/seed1/test")
+    run(path, "--out", tmp_path / "out", "--jobs", 1)
+    assert read_accuracies(tmp_path / "out/none/plain/seed1/test/prune.json") == before
+    assert {p.parent.parent for p in (tmp_path / "out").rglob("final.pth.tar")} == {tmp_path / "out/none/plain/seed1"}
+
+
 def test_another_study_in_the_same_folder_is_refused(done, tmp_path, fails_in):
     path, out = done
     shutil.copytree(out, tmp_path / "out")

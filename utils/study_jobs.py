@@ -100,14 +100,15 @@ def run_job(job: Job) -> float:
 
 
 def train(job: Job):
-    """Train the run unless it is trained; return its options.
+    """Train the run unless it is trained (again if its network was deleted to save space); return its options.
 
     Raises:
         ValueError: the folder holds a run with other options.
     """
     args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
-    summary = read_json(job.folder / "run" / "summary.json")
-    if summary is None:
+    run = job.folder / "run"
+    summary = read_json(run / "summary.json")
+    if summary is None or not (run / "final.pth.tar").exists():
         train_or_evaluate(args)
         return args
     was, now = summary["arguments"], vars(args)
