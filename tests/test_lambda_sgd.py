@@ -199,6 +199,14 @@ def test_other_types_go_without_the_kernel():
         torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
 
 
+def test_a_network_that_was_moved_afterwards_is_refused():
+    model = nn.Conv2d(3, 4, 3)
+    optimizer = FusedHALO(HALO(penalized_parameters(model), xi=0.1, psi=0.1), **FACTORS)
+    model.double()
+    with pytest.raises(ValueError, match="float64.*after moving"):
+        optimizer.step()
+
+
 def test_a_frozen_weight_is_refused():
     params = random_params(torch.float32)
     params["b.weight"].requires_grad_(False)

@@ -99,7 +99,11 @@ class FusedHALO(LambdaSGD):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Add HALO's gradient to that of the weights and step lam, and the weights if told to."""
+        """Add HALO's gradient to that of the weights and step lam, and the weights if told to.
+
+        Raises:
+            ValueError: the network was moved to another type or device after this was built.
+        """
         sets = [(w, aligned_gradient(w), lam, velocity_of(self, lam)) for w, lam in self._pairs]
         if self._kernel:
             self._run_kernel(sets)
@@ -110,6 +114,9 @@ class FusedHALO(LambdaSGD):
                 self._halo_step_(*piece, **factors)
 
     def _run_kernel(self, sets: list[tuple[Tensor, ...]]) -> None:
+        w = sets[0][0]
+        if w.dtype != torch.float32 or w.device.type != "cpu":
+            raise ValueError(f"the weights are now {w.dtype} on {w.device}: build FusedHALO after moving the network")
         array = ctypes.c_void_p * len(sets)
         columns = [*zip(*sets, strict=True)]
         sizes = (ctypes.c_int64 * len(sets))(*map(Tensor.numel, columns[0]))
