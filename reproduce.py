@@ -52,7 +52,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts what is done of a phase and estimates the rest from the runs that are measured.
+    """Counts what is done of a phase and estimates the rest: training takes the time, pruning hardly any.
 
     Args:
         jobs: of the phase.
@@ -63,23 +63,26 @@ class Progress:
     def __init__(self, jobs: list[Job], out: Path, *, processes: int) -> None:
         self.jobs, self.path, self.processes = jobs, out / "seconds.json", processes
         self.left = [job for job in jobs if not job.done]
+        self.untrained = {job for job in self.left if not (job.folder / "run" / "final.pth.tar").exists()}
         self.seconds: dict[str, float] = read_json(self.path) or {}
 
-    def estimate(self, count: int) -> str:
-        """Say how long so many jobs take, going by the mean of those that were trained here."""
+    def estimate(self) -> str:
+        """Say how long the runs to train will take, going by the mean of those that were trained here."""
         if not self.seconds:
             return "unknown time (no run is finished yet)"
         each = sum(self.seconds.values()) / len(self.seconds)
-        return f"about {duration(count * each / self.processes)}"
+        return f"about {duration(len(self.untrained) * each / self.processes)}"
 
     def add(self, job: Job, seconds: float, number: int) -> None:
         """Record a finished job and say so."""
-        self.seconds[str(job)] = seconds
-        write_json(self.path, self.seconds)
+        if job in self.untrained:
+            self.untrained.remove(job)
+            self.seconds[str(job)] = seconds
+            write_json(self.path, self.seconds)
         accuracies = read_accuracies(job.measurement("global") / "prune.json")
         text = ", ".join(f"{ratio:g}: {value:.2f}" for ratio, value in accuracies.items()) or "diverged"
         left = len(self.left) - number
-        say(f"[{len(self.jobs) - left}/{len(self.jobs)}] {job}: {text}; {seconds:.0f} s; {self.estimate(left)} left")
+        say(f"[{len(self.jobs) - left}/{len(self.jobs)}] {job}: {text}; {seconds:.0f} s; {self.estimate()} left")
 
 
 def run_phase(jobs: list[Job], out: Path, *, processes: int) -> None:
@@ -93,13 +96,13 @@ def dry_run(study: Study, out: Path, data: str, *, processes: int) -> dict:
     """Say what would run; return the numbers of runs."""
     tuning = Progress(tuning_jobs(study, out, data), out, processes=processes)
     say(f"{study.name}: {study.title}")
-    say(f"tuning: {len(tuning.jobs)} runs, {len(tuning.left)} to do, {tuning.estimate(len(tuning.left))}")
+    say(f"tuning: {len(tuning.jobs)} runs, {len(tuning.left)} to do, {tuning.estimate()}")
     final = Progress(final_jobs(study, out, data), out, processes=processes)
     most = len(study.methods) * len(study.percent) * len(study.seeds)
     if tuning.left:
         say(f"then at most {most} runs of the chosen coefficients, fewer where ratios share them")
     else:
-        say(f"chosen: {len(final.jobs)} runs, {len(final.left)} to do, {final.estimate(len(final.left))}")
+        say(f"chosen: {len(final.jobs)} runs, {len(final.left)} to do, {final.estimate()}")
     return {"tuning": len(tuning.left), "final": None if tuning.left else len(final.left)}
 
 

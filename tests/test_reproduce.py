@@ -109,6 +109,16 @@ def test_again_runs_nothing(done, capsys):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("final.pth.tar")} == before
 
 
+def test_the_estimate_counts_only_runs_to_train(done, tmp_path, capsys):
+    path, out = done
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "seconds.json").write_text(json.dumps({"a": 500.0, "b": 700.0}))
+    shutil.rmtree(tmp_path / "out/none/plain/seed1/test")  # trained: only to be pruned
+    shutil.rmtree(tmp_path / "out/none/plain/seed2")
+    run(path, "--out", tmp_path / "out", "--jobs", 1, "--dry_run")
+    assert "2 to do, about 10 min" in capsys.readouterr().out
+
+
 def test_more_seeds_add_runs(done, tmp_path):
     path, out = done
     shutil.copytree(out, tmp_path / "out")
