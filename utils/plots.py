@@ -113,14 +113,20 @@ def plot_comparison(runs: Mapping[str, Mapping[float, float]], path: str | Path,
 
 def _look(number: int) -> dict:
     style = ("o-", "s--", "^:", "D-.", "v-")[number % 5]
-    return {"fmt": style, "color": (DARK, LIGHT, MIDDLE, "black", "#999999")[number % 5]}
+    return {"fmt": style, "color": ("#999999", LIGHT, MIDDLE, "black", DARK)[number % 5], "markersize": 4}
 
 
-def _by_ratio(axes: Axes, ratios: Sequence[float]) -> None:
-    axes.set_xticks(range(len(ratios)), ["dense" if ratio == 0 else f"{ratio:g}" for ratio in ratios])
-    axes.set(xlabel="fraction of the prunable weights removed (not to scale)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+def _whole_and_close_up(ratios: Sequence[float], top: float, ylabel: str) -> tuple[Figure, tuple[Axes, Axes]]:
+    """Return a figure of two panels over the same ratios; the right one shows the best few percent only."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    panels = tuple(figure.subplots(1, 2))
+    for axes in panels:
+        axes.set_xticks(range(len(ratios)), ["dense" if r == 0 else f"{r:g}" for r in ratios], rotation=30)
+        axes.set(xlabel="fraction of the prunable weights removed (not to scale)")
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel=ylabel)
+    panels[1].set(ylabel=f"{ylabel}, close-up", ylim=(top - 5, top + 0.5))
+    return figure, panels
 
 
 def plot_study(rows: Sequence[dict], path: str | Path, *, title: str) -> None:
@@ -131,21 +137,20 @@ def plot_study(rows: Sequence[dict], path: str | Path, *, title: str) -> None:
         path: PNG to write.
         title: what the study asks.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes, ratios = figure.subplots(), sorted({row["ratio"] for row in rows})
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    ratios, methods = sorted({r["ratio"] for r in rows}), list(dict.fromkeys(r["method"] for r in rows))
+    figure, panels = _whole_and_close_up(ratios, max(r["top1_mean"] for r in rows), "test top-1 (%)")
     for number, method in enumerate(methods):
         mine = [row for row in rows if row["method"] == method]
-        x = [ratios.index(row["ratio"]) + 0.06 * (number - len(methods) / 2) for row in mine]  # side by side
+        x = [ratios.index(row["ratio"]) + 0.08 * (number - len(methods) / 2) for row in mine]  # side by side
         y, spread = [row["top1_mean"] for row in mine], [row["top1_std"] or 0 for row in mine]
-        axes.errorbar(x, y, yerr=spread, label=method, capsize=3, markersize=5, **_look(number))
-    axes.set(ylabel="test top-1 (%)")
-    _by_ratio(axes, ratios)
-    last = [row for row in rows if row["ratio"] == ratios[-1]]
-    best = max(last, key=lambda row: row["top1_mean"])
-    seeds = f"{min(row['n'] for row in rows)} to {max(row['n'] for row in rows)} seeds"
-    finding = f"at {ratios[-1]:g} removed, {best['method']} keeps most: {best['top1_mean']:.2f}% ({seeds})"
-    figure.suptitle(f"{title}\n{finding}")
+        for axes in panels:
+            axes.errorbar(x, y, yerr=spread, label=method, capsize=3, **_look(number))
+    panels[0].legend()
+    best = max((row for row in rows if row["ratio"] == ratios[-1]), key=lambda row: row["top1_mean"])
+    counts = {row["n"] for row in rows}
+    seeds = f"n = {min(counts)}" + (f" to {max(counts)}" if len(counts) > 1 else "")
+    finding = f"at {ratios[-1]:g} removed, {best['method']} keeps most: {best['top1_mean']:.2f}%"
+    figure.suptitle(f"{title}\n{finding} (mean, standard deviation over seeds, {seeds})")
     save_figure(figure, path)
 
 
@@ -157,20 +162,20 @@ def plot_pareto(tuned: Mapping[str, Mapping[str, Mapping[float, float]]], path: 
         path: PNG to write.
         title: what the study asks.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
     ratios = sorted({ratio for configs in tuned.values() for run in configs.values() for ratio in run})
+    highest = max(value for configs in tuned.values() for run in configs.values() for value in run.values())
+    figure, panels = _whole_and_close_up(ratios, highest, "top-1 on the held-out images (%)")
     for number, (method, configs) in enumerate(tuned.items()):
         runs, look = [run for run in configs.values() if run], _look(number)
-        for run in runs:
-            axes.plot(range(len(ratios)), [run[r] for r in ratios], "-", color=look["color"], alpha=0.25, linewidth=0.8)
-        if runs:
-            best = [max(run[ratio] for run in runs) for ratio in ratios]
-            axes.plot(
-                range(len(ratios)), best, look["fmt"], color=look["color"], label=f"{method}, best of {len(runs)}"
-            )
-    axes.set(ylabel="top-1 on the held-out images (%)")
-    _by_ratio(axes, ratios)
+        if not runs:
+            continue
+        best = [max(run[ratio] for run in runs) for ratio in ratios]
+        for axes in panels:
+            for run in runs:
+                values = [run[ratio] for ratio in ratios]
+                axes.plot(range(len(ratios)), values, "-", color=look["color"], alpha=0.3, linewidth=0.8)
+            axes.errorbar(range(len(ratios)), best, label=f"{method}, best of {len(runs)}", **look)
+    panels[0].legend()
     figure.suptitle(f"{title}\nall tuned runs (thin) and the best of each method at each ratio")
     save_figure(figure, path)
 
