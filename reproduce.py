@@ -19,7 +19,7 @@ from utils import options
 from utils.logger import say
 from utils.run import read_json, require_writable, run_script, write_json
 from utils.study import Study, load_study, read_accuracies
-from utils.study_jobs import Job, final_jobs, run_jobs, save_choice, tuning_jobs
+from utils.study_jobs import Job, final_jobs, require_same_options, run_jobs, save_choice, tuning_jobs
 from utils.study_report import write_report
 
 STUDIES = Path(__file__).resolve().parent / "results" / "studies"
@@ -86,7 +86,9 @@ class Progress:
 
 
 def run_phase(jobs: list[Job], out: Path, *, processes: int) -> None:
-    """Run what is not done of some jobs."""
+    """Run what is not done of some jobs, once it is clear that what is done belongs to them."""
+    for job in jobs:
+        require_same_options(job)
     progress = Progress(jobs, out, processes=processes)
     for number, (job, seconds) in enumerate(run_jobs(progress.left, processes=processes), start=1):
         progress.add(job, seconds, number)

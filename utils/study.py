@@ -14,6 +14,7 @@ from utils import options
 from utils.data import datasets_of
 from utils.options import OptionError
 from utils.pruning import SCHEMES
+from utils.run import read_json
 
 KEYS = ("title", "options", "percent", "tune_seeds", "seeds", "methods", "controls")
 
@@ -187,9 +188,9 @@ def pruning_arguments(
 
 def read_accuracies(path: Path) -> dict[float, float]:
     """Return top-1 in percent by ratio from a prune.json, 0 for the network before pruning; empty without the file."""
-    if not path.exists():
+    report = read_json(path)
+    if report is None:
         return {}
-    report = json.loads(path.read_text())
     return {0.0: report["before"]["top1"]} | {r["asked"]: r["after"]["top1"] for r in report["results"]}
 
 

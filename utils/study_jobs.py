@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import multiprocessing
 import os
@@ -99,18 +100,25 @@ def run_job(job: Job) -> float:
     return time.perf_counter() - start
 
 
-def train(job: Job):
-    """Train the run unless it is trained (again if its network was deleted to save space); return its options.
+def train(job: Job) -> argparse.Namespace:
+    """Train the run unless it is trained (again if its network was deleted to save space); return its options."""
+    args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
+    finished = [job.folder / "run" / name for name in ("summary.json", "final.pth.tar")]
+    if not all(path.exists() for path in finished):
+        train_or_evaluate(args)
+    return args
+
+
+def require_same_options(job: Job) -> None:
+    """Make sure that what a folder holds, measured or not, is of this study.
 
     Raises:
-        ValueError: the folder holds a run with other options.
+        ValueError: it was trained with other options.
     """
+    summary = read_json(job.folder / "run" / "summary.json")
+    if summary is None:
+        return
     args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
-    run = job.folder / "run"
-    summary = read_json(run / "summary.json")
-    if summary is None or not (run / "final.pth.tar").exists():
-        train_or_evaluate(args)
-        return args
     was, now = summary["arguments"], vars(args)
     changed = [key for key in was if key not in FREE_ON_RESUME - {"epochs"} and was[key] != now[key]]
     if changed:
@@ -118,10 +126,9 @@ def train(job: Job):
             f"{job.folder} was trained with {changed[0]} {was[changed[0]]}, the study now says {now[changed[0]]}: "
             "give another --out, or remove the folder"
         )
-    return args
 
 
-def measure(job: Job, training, scheme: str) -> None:
+def measure(job: Job, training: argparse.Namespace, scheme: str) -> None:
     """Prune the trained run at the job's ratios and evaluate it; keep the numbers, not the pruned networks."""
     if job._measured(scheme):
         return
