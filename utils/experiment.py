@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -344,8 +344,8 @@ class Experiment:
 
 
 def make_lambda_sgd(penalty: Penalty, weights: SGD, args: argparse.Namespace) -> list[LambdaSGD]:
-    """Return the optimizer of lam, in the fastest form there is here; none if nothing is learned."""
-    if not list(penalty.parameters()):
+    """Return the optimizer of lam, in the fastest form there is here; none if nothing is learned, or lam is frozen."""
+    if not any(lam.requires_grad for lam in penalty.parameters()):
         return []
     factors = {"lr": args.reg_lr, "momentum": args.momentum, "weight_decay": args.reg_wd}
     if not isinstance(penalty, HALO):
@@ -412,11 +412,12 @@ def evaluate_checkpoint(
     return result | {"epoch": state.get("epoch")}
 
 
-def train_or_evaluate(args: argparse.Namespace) -> dict:
+def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experiment] = Experiment) -> dict:
     """Do what the options of a training script say: train, resume, or with --evaluate only evaluate.
 
     Args:
         args: the options, after `options.resolve`.
+        kind: makes the experiment from what `Experiment` takes; another one may change what an epoch does.
 
     Returns:
         The content of summary.json; with --evaluate, `loss`, `top1`, `top5` and `epoch`.
@@ -436,7 +437,7 @@ def train_or_evaluate(args: argparse.Namespace) -> dict:
         model = build_model(args.arch, len(data.classes), args.depth)
         model.to(device, memory_format=memory_format(args.arch, device))
         if not args.evaluate:
-            return train(args, data, model, device=device, generator=generator)
+            return train(args, data, model, device=device, generator=generator, kind=kind)
         result = evaluate_checkpoint(args.resume, model, data, device, args=args)
         say(f"{args.resume}: test loss {result['loss']:.4f}  top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%")
         return result
@@ -449,6 +450,7 @@ def train(
     *,
     device: torch.device,
     generator: torch.Generator,
+    kind: Callable[..., Experiment] = Experiment,
 ) -> dict:
     """Train a network as the options say; see Experiment.
 
@@ -457,7 +459,7 @@ def train(
     """
     coefficients = {"xi": args.xi, "psi": args.psi, "lambda_init": args.lambda_init}
     penalty = make_penalty(args.penalty, penalized_parameters(model, linear=ARCHS[args.arch].linear), **coefficients)
-    experiment = Experiment(args, data, model, penalty, device=device, generator=generator)
+    experiment = kind(args, data, model, penalty, device=device, generator=generator)
     if args.resume:
         experiment.load(args.resume)
     elif is_main():

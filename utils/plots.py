@@ -112,8 +112,9 @@ def plot_comparison(runs: Mapping[str, Mapping[float, float]], path: str | Path,
 
 
 def _look(number: int) -> dict:
-    style = ("o-", "s--", "^:", "D-.", "v-")[number % 5]
-    return {"fmt": style, "color": ("#999999", LIGHT, MIDDLE, "black", DARK)[number % 5], "markersize": 4}
+    style = ("o-", "s--", "^:", "D-.", "v-", "x--", "P:")[number % 7]
+    colour = ("#999999", LIGHT, MIDDLE, "black", DARK, "#b5485d", "#c9b458")[number % 7]
+    return {"fmt": style, "color": colour, "markersize": 4}
 
 
 def _whole_and_close_up(ratios: Sequence[float], top: float, ylabel: str) -> tuple[Figure, tuple[Axes, Axes]]:
@@ -129,16 +130,17 @@ def _whole_and_close_up(ratios: Sequence[float], top: float, ylabel: str) -> tup
     return figure, panels
 
 
-def plot_study(rows: Sequence[dict], path: str | Path, *, title: str) -> None:
-    """Draw the test accuracy of every method against the fraction removed, with standard deviations over seeds.
+def plot_study(rows: Sequence[dict], path: str | Path, *, title: str, images: str = "test") -> None:
+    """Draw the accuracy of every method against the fraction removed, with standard deviations over seeds.
 
     Args:
-        rows: from `utils.study_report.final_rows`.
+        rows: `method`, `ratio`, `n`, `top1_mean` and `top1_std`, as from `utils.study_report.final_rows`.
         path: PNG to write.
         title: what the study asks.
+        images: which images the accuracy was measured on, for the label.
     """
     ratios, methods = sorted({r["ratio"] for r in rows}), list(dict.fromkeys(r["method"] for r in rows))
-    figure, panels = _whole_and_close_up(ratios, max(r["top1_mean"] for r in rows), "test top-1 (%)")
+    figure, panels = _whole_and_close_up(ratios, max(r["top1_mean"] for r in rows), f"{images} top-1 (%)")
     for number, method in enumerate(methods):
         mine = [row for row in rows if row["method"] == method]
         x = [ratios.index(row["ratio"]) + 0.08 * (number - len(methods) / 2) for row in mine]  # side by side

@@ -59,11 +59,8 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether there is nothing to do: all is measured, or the run diverged."""
-        return (self.folder / "failed.json").exists() or all(self._measured(scheme) for scheme in self.schemes)
-
-    def _measured(self, scheme: str) -> bool:
-        report = read_json(self.measurement(scheme) / "prune.json")
-        return report is not None and {r["asked"] for r in report["results"]} >= set(self.percent)
+        folders = [self.measurement(scheme) for scheme in self.schemes]
+        return (self.folder / "failed.json").exists() or all(is_measured(f, self.percent) for f in folders)
 
     def __str__(self) -> str:
         return f"{self.config.method} {self.config.name} seed {self.seed}, {self.images}"
@@ -94,7 +91,7 @@ def run_job(job: Job) -> float:
         try:
             training = train(job)
             for scheme in job.schemes:
-                measure(job, training, scheme)
+                measure(training, job.measurement(scheme), percent=job.percent, scheme=scheme, images=job.images)
         except NonFiniteLossError as error:
             write_json(job.folder / "failed.json", {"reason": str(error)})
     return time.perf_counter() - start
@@ -103,10 +100,14 @@ def run_job(job: Job) -> float:
 def train(job: Job) -> argparse.Namespace:
     """Train the run unless it is trained (again if its network was deleted to save space); return its options."""
     args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
-    finished = [job.folder / "run" / name for name in ("summary.json", "final.pth.tar")]
-    if not all(path.exists() for path in finished):
+    if not is_trained(job.folder / "run"):
         train_or_evaluate(args)
     return args
+
+
+def is_trained(folder: Path) -> bool:
+    """Return whether a folder holds a finished run and its network."""
+    return all((folder / name).exists() for name in ("summary.json", "final.pth.tar"))
 
 
 def require_same_options(job: Job) -> None:
@@ -128,14 +129,25 @@ def require_same_options(job: Job) -> None:
         )
 
 
-def measure(job: Job, training: argparse.Namespace, scheme: str) -> None:
-    """Prune the trained run at the job's ratios and evaluate it; keep the numbers, not the pruned networks."""
-    if job._measured(scheme):
+def is_measured(folder: Path, percent: tuple[float, ...]) -> bool:
+    """Return whether a folder holds the accuracies at all of these ratios."""
+    report = read_json(folder / "prune.json")
+    return report is not None and {r["asked"] for r in report["results"]} >= set(percent)
+
+
+def measure(
+    training: argparse.Namespace, folder: Path, *, percent: tuple[float, ...], scheme: str, images: str
+) -> None:
+    """Prune a trained run and evaluate it, unless that is done; keep the numbers, not the pruned networks.
+
+    Args:
+        training: the options of the run.
+        folder: where the numbers go.
+        percent, scheme, images: as in `utils.study.pruning_arguments`.
+    """
+    if is_measured(folder, percent):
         return
-    folder = job.measurement(scheme)
-    prune_and_evaluate(
-        pruning_arguments(training, percent=job.percent, scheme=scheme, images=job.images, folder=folder)
-    )
+    prune_and_evaluate(pruning_arguments(training, percent=percent, scheme=scheme, images=images, folder=folder))
     for path in folder.glob("pruned_*.pth.tar"):
         path.unlink()
 

@@ -74,11 +74,16 @@ def _percent(row: dict, key: str) -> str:
     return f"{row[f'{key}_mean']:.2f}" + (f" ± {spread:.2f}" if spread != "" else "")
 
 
-def _grid(rows: list[dict], title: str) -> list[str]:
-    """Format top-1 with a line a method and a column a ratio."""
+def top1_table(rows: list[dict], title: str) -> list[str]:
+    """Format top-1 with a line a method and a column a ratio, as Markdown.
+
+    Args:
+        rows: `method`, `ratio`, `top1_mean` and `top1_std` in percent (empty for n = 1).
+        title: the heading.
+    """
     ratios, methods = sorted({row["ratio"] for row in rows}), list(dict.fromkeys(row["method"] for row in rows))
     cells = {(row["method"], row["ratio"]): _percent(row, "top1") for row in rows}
-    lines = [f"## {title}", "", "| | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |"]
+    lines = [f"## {title}", "", "| | " + " | ".join(f"{ratio:g}" if ratio else "dense" for ratio in ratios) + " |"]
     lines.append("|---" * (len(ratios) + 1) + "|")
     lines += [f"| {m} | " + " | ".join(cells.get((m, ratio), "") for ratio in ratios) + " |" for m in methods]
     return [*lines, ""]
@@ -131,11 +136,13 @@ def write_report(study: Study, out: Path, *, command: str) -> dict:
         "",
     ]
     if rows["global"]:
-        text += _grid(rows["global"], "On the test images, coefficients chosen per ratio on held-out training images")
+        text += top1_table(
+            rows["global"], "On the test images, coefficients chosen per ratio on held-out training images"
+        )
         text += _details(rows["global"])
     for scheme in CONTROLS:
         if rows[scheme]:
-            text += _grid(rows[scheme], f"Control: {scheme} pruning of the same networks")
+            text += top1_table(rows[scheme], f"Control: {scheme} pruning of the same networks")
     text += _tuning(study, found)
     write_text(out / "table.md", "\n".join(text))
     write_csv(out / "table.csv", [{"scheme": s} | row for s, of_scheme in rows.items() for row in of_scheme])

@@ -1,0 +1,141 @@
+"""The controls of a HALO run: each differs from it in lam alone, and in lam as its name says."""
+
+import json
+
+import pytest
+import torch
+
+import adaptivity
+from mnist import mnist
+from utils.adaptivity import LABELS, GrowingL1, describe_lambdas, load_run, measure_control
+from utils.checkpoint import load_checkpoint
+
+DIGITS = ["-d", "digits", "-a", "lenet_300_100", "--epochs", "3", "--schedule", "2", "--lr", "0.05", "--wd", "0"]
+HALO = ["--halo", "--xi", "1e-4", "--psi", "1e-2", "--val_split", "300", "--no_test"]
+
+
+def train(folder, *options):
+    arguments = [*DIGITS, *map(str, options), "--save_dir", str(folder)]
+    mnist.main(mnist.get_parser().parse_args(arguments))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two finished runs of HALO on digits."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [train(folder / f"seed{seed}", *HALO, "--seed", seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def done(runs, tmp_path_factory):
+    """What the script wrote and returned."""
+    out = tmp_path_factory.mktemp("adaptivity")
+    options = [*map(str, runs), "--percent", "0.9", "0.5", "--epochs", "2", "--save_dir", str(out)]
+    return out, adaptivity.main(adaptivity.get_parser().parse_args(options))
+
+
+def lambdas_of(folder):
+    return load_checkpoint(folder / "run" / "final.pth.tar")["lambdas"]
+
+
+def test_every_control_is_measured_on_the_held_out_images(done):
+    out, result = done
+    assert {row["method"] for row in result["rows"]} == set(LABELS.values())
+    assert {(row["ratio"], row["n"]) for row in result["rows"]} == {(0.0, 2), (0.5, 2), (0.9, 2)}
+    for name in LABELS:
+        assert json.loads((out / name / "seed1" / "val" / "prune.json").read_text())["images"] == "val"
+    text = (out / "adaptivity.md").read_text()
+    assert all(label in text for label in LABELS.values()) and "dense" in text
+    assert (out / "adaptivity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_halo_itself_is_measured_as_it_is(runs, done):
+    out, _ = done
+    report = json.loads((out / "halo" / "seed1" / "val" / "prune.json").read_text())
+    assert report["checkpoint"] == str(runs[0] / "final.pth.tar")
+
+
+def test_averaged_lam_are_one_value_a_layer_and_still_learned(runs, done):
+    lambdas, own = lambdas_of(done[0] / "averaged" / "seed1"), load_run(runs[0]).state["lambdas"]
+    assert all((lam == lam.flatten()[0]).all() for lam in lambdas.values())
+    assert all(lam.flatten()[0] < 1 for lam in lambdas.values())
+    assert any((lam != lam.flatten()[0]).any() for lam in own.values())
+
+
+def test_later_epochs_start_from_the_end_and_leave_lam_alone(runs, done):
+    out, run = done[0], load_run(runs[1])
+    kept, averaged = lambdas_of(out / "then_kept" / "seed2"), lambdas_of(out / "then_averaged" / "seed2")
+    for name, lam in run.state["lambdas"].items():
+        assert torch.equal(kept[name], lam)
+        assert torch.allclose(averaged[name], lam.mean().expand_as(lam))
+    start = load_checkpoint(out / "then_kept" / "seed2" / "run" / "init.pth.tar")["state_dict"]
+    assert all(torch.equal(start[name], w) for name, w in run.state["state_dict"].items())
+    config = load_checkpoint(out / "then_kept" / "seed2" / "run" / "final.pth.tar")["config"]
+    assert config["epochs"] == 2 and config["lr"] == pytest.approx(0.005) and config["schedule"] == []
+
+
+def test_an_l1_grows_as_halos_median_did(runs, tmp_path, monkeypatch):
+    seen, run_epoch = [], GrowingL1.run_epoch
+
+    def watched(self):
+        row = run_epoch(self)
+        seen.append(row["strength_q50"])
+        return row
+
+    monkeypatch.setattr(GrowingL1, "run_epoch", watched)
+    run = load_run(runs[0])
+    measure_control(run, "growing_l1", tmp_path, data="data", epochs=1, percent=(0.5,))
+    assert seen == pytest.approx(list(run.medians)) and run.medians[0] < run.medians[-1]
+    config = load_checkpoint(tmp_path / "run" / "final.pth.tar")["config"]
+    assert config["penalty"] == "l1" and config["seed"] == run.seed
+
+
+def test_the_last_median_is_the_strength_of_an_l1(runs, done):
+    config = load_checkpoint(done[0] / "last_l1" / "seed1" / "run" / "final.pth.tar")["config"]
+    run = load_run(runs[0])
+    lam = torch.cat([lam.flatten() for lam in run.state["lambdas"].values()])
+    assert config["xi"] == pytest.approx(1e-4 / lam.median().item() ** 2, rel=1e-3)
+
+
+def test_again_trains_nothing(runs, done):
+    out, result = done
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth.tar")}
+    options = [*map(str, runs), "--percent", "0.9", "0.5", "--epochs", "2", "--save_dir", str(out)]
+    again = adaptivity.main(adaptivity.get_parser().parse_args(options))
+    assert again == result and {path: path.stat().st_mtime_ns for path in out.rglob("*.pth.tar")} == before
+
+
+def test_shares_of_the_variance_of_lam(runs):
+    run = load_run(runs[0])
+    layers = list(run.state["lambdas"])
+    for number, name in enumerate(layers):
+        run.state["lambdas"][name] = torch.full_like(run.state["lambdas"][name], 0.5 + number)
+    assert describe_lambdas(run)["within_layers"] == pytest.approx(0, abs=1e-12)
+    for name in layers:
+        lam = run.state["lambdas"][name].fill_(0.5)
+        lam.view(-1)[::2] = 1.0
+    assert describe_lambdas(run)["within_layers"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [(HALO[:-3], "--val_split"), (["--l1", "--xi", "1e-4", *HALO[-3:]], "--halo")],
+)
+def test_a_run_that_cannot_be_a_start_is_one_line(tmp_path, fails_in, options, words):
+    folder = train(tmp_path / "run", *options, "--epochs", 1, "--schedule")
+    status, line = fails_in(adaptivity, folder, "--percent", 0.5, "--save_dir", tmp_path / "out")
+    assert status == 1 and words in line and not (tmp_path / "out").exists()
+
+
+def test_runs_that_differ_in_more_than_seed_are_refused(runs, tmp_path, fails_in):
+    other = train(tmp_path / "run", *HALO, "--seed", 3, "--xi", "2e-4", "--epochs", 1, "--schedule")
+    status, line = fails_in(adaptivity, runs[0], other, "--percent", 0.5, "--save_dir", tmp_path / "out")
+    assert status == 1 and "seed" in line
+    status, line = fails_in(adaptivity, runs[0], runs[0], "--percent", 0.5, "--save_dir", tmp_path / "out")
+    assert status == 1 and "same seed" in line
+
+
+def test_a_folder_without_a_run_is_one_line(tmp_path, fails_in):
+    status, line = fails_in(adaptivity, tmp_path / "nothing", "--percent", 0.5, "--save_dir", tmp_path / "out")
+    assert status == 1 and "nothing" in line

@@ -1,0 +1,180 @@
+"""Is HALO adaptive, or only an L1 that grows? Runs that differ from a finished HALO run in their lam alone."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.experiment import Experiment, train_or_evaluate
+from utils.statistics import flatten, rank_correlation
+from utils.study_jobs import is_trained, measure
+
+LABELS = {
+    "halo": "HALO",
+    "averaged": "HALO, lam averaged per layer after every epoch",
+    "growing_l1": "L1, as strong in every epoch as HALO's median",
+    "last_l1": "L1, as strong throughout as HALO's last median",
+    "then_kept": "HALO, then more epochs with its lam",
+    "then_averaged": "HALO, then more epochs with lam averaged per layer",
+}
+
+
+@dataclass(frozen=True)
+class HaloRun:
+    """A finished run of HALO with held-out images.
+
+    Attributes:
+        folder: it was written to.
+        state: its final.pth.tar.
+        medians: of the effective strength xi / lam^2 over all penalised weights, after each epoch.
+        last_lr: learning rate of the last epoch.
+    """
+
+    folder: Path
+    state: dict
+    medians: tuple[float, ...]
+    last_lr: float
+
+    @property
+    def seed(self) -> int:
+        """The seed it was trained with."""
+        return self.state["config"]["seed"]
+
+
+def load_run(folder: str | Path) -> HaloRun:
+    """Read a finished run.
+
+    Raises:
+        ValueError: it is not finished, not of HALO, or has no held-out images to measure on.
+    """
+    folder = Path(folder)
+    state = load_checkpoint(folder / "final.pth.tar")
+    config = state.get("config", {})
+    if config.get("penalty") != "halo" or not config.get("val_split"):
+        raise ValueError(f"{folder} is no run with --halo and --val_split: give the folder of one")
+    with open(folder / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return HaloRun(folder, state, tuple(float(row["strength_q50"]) for row in rows), float(rows[-1]["lr"]))
+
+
+@torch.no_grad()
+def average_(tensor: Tensor) -> None:
+    """Replace every element by the mean magnitude of all."""
+    tensor.fill_(tensor.abs().mean())
+
+
+class AveragedHALO(Experiment):
+    """HALO whose lam, and their momentum, are averaged over each layer after every epoch."""
+
+    def run_epoch(self) -> dict:
+        """Train and evaluate once, then average; return the row for log.csv."""
+        row = super().run_epoch()
+        for lam in self.penalty.lambdas.values():
+            average_(lam)
+        for state in self.optimizers[1].state.values():
+            state["momentum_buffer"].fill_(state["momentum_buffer"].mean())
+        return row
+
+
+class GrowingL1(Experiment):
+    """L1 whose strength in each epoch is prescribed."""
+
+    def __init__(self, *args, strengths: tuple[float, ...], **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.strengths = strengths
+
+    def run_epoch(self) -> dict:
+        """Train and evaluate once at this epoch's strength; return the row for log.csv."""
+        self.penalty.scale = self.strengths[self.epoch]
+        return super().run_epoch()
+
+
+def continued(
+    args: argparse.Namespace, data, model, penalty, *, start: HaloRun, averaged: bool, **kwargs
+) -> Experiment:
+    """Return an experiment that starts from the end of a run, with its lam frozen, averaged per layer or not."""
+    load_weights(model, start.state["state_dict"], path=start.folder / "final.pth.tar")
+    for name, lam in penalty.lambdas.items():
+        lam.requires_grad_(False).copy_(start.state["lambdas"][name])
+        if averaged:
+            average_(lam)
+    return Experiment(args, data, model, penalty, **kwargs)
+
+
+def control(run: HaloRun, name: str) -> tuple[dict, Callable[..., Experiment]]:
+    """Return the options in which a control differs from the run, and what makes its experiment."""
+    last = run.medians[-1]
+    l1 = {"penalty": "l1", "xi": last, "psi": None, "lambda_init": 1.0, "reg_lr": None, "reg_wd": None}
+    after = {"lr": run.last_lr, "schedule": []}
+    return {
+        "averaged": ({}, AveragedHALO),
+        "growing_l1": (l1, partial(GrowingL1, strengths=run.medians)),
+        "last_l1": (l1, Experiment),
+        "then_kept": (after, partial(continued, start=run, averaged=False)),
+        "then_averaged": (after, partial(continued, start=run, averaged=True)),
+    }[name]
+
+
+def train_control(run: HaloRun, name: str, folder: Path, *, data: str, epochs: int) -> argparse.Namespace:
+    """Train a control unless it is trained, or go on where it was stopped; return its options.
+
+    Args:
+        run: what it is a control of.
+        name: a key of LABELS; "halo" is the run itself, which needs no training.
+        folder: where it goes.
+        data: folder of the images.
+        epochs: of those that go on from the end of the run.
+    """
+    config = {key: value for key, value in run.state["config"].items() if key != "num_classes"}
+    fixed = {"data": data, "no_test": True, "evaluate": False, "overwrite": False, "resume": None}
+    if name == "halo":
+        return argparse.Namespace(**config | fixed | {"save_dir": str(run.folder)})
+    changes, kind = control(run, name)
+    if name.startswith("then"):
+        changes = changes | {"epochs": epochs}
+    checkpoint = folder / "checkpoint.pth.tar"
+    resume = str(checkpoint) if checkpoint.exists() else None
+    args = argparse.Namespace(**config | fixed | changes | {"save_dir": str(folder), "resume": resume})
+    if not is_trained(folder):
+        train_or_evaluate(args, kind=kind)
+    return args
+
+
+def measure_control(
+    run: HaloRun, name: str, folder: Path, *, data: str, epochs: int, percent: tuple[float, ...]
+) -> Path:
+    """Train a control and measure it on the held-out images; return its prune.json. What it says goes to log.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        args = train_control(run, name, folder / "run", data=data, epochs=epochs)
+        measure(args, folder / "val", percent=percent, scheme="global", images="val")
+    return folder / "val" / "prune.json"
+
+
+def describe_lambdas(run: HaloRun) -> dict[str, float]:
+    """Return how far lam got, and how much it differs from weight to weight.
+
+    Returns:
+        `median_lambda`; `median_strength`, xi / lam^2; `rank_correlation` of |lam| with |w|; `within_layers`, the
+        share of the variance of log |lam| over all weights that is not between the means of the layers, in [0, 1].
+    """
+    lambdas = {name: lam.abs().clamp_min(torch.finfo(lam.dtype).tiny) for name, lam in run.state["lambdas"].items()}
+    everything = flatten(lambdas)
+    logs = [lam.double().log() for lam in lambdas.values()]
+    within = sum(log.numel() * log.var(correction=0) for log in logs) / len(everything)
+    weights = {name: run.state["state_dict"][name].abs() for name in lambdas}
+    return {
+        "median_lambda": everything.median().item(),
+        "median_strength": run.medians[-1],
+        "rank_correlation": rank_correlation(everything, flatten(weights)),
+        "within_layers": (within / everything.double().log().var(correction=0)).item(),
+    }
