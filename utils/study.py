@@ -85,9 +85,10 @@ def _command_line(chosen: dict) -> tuple[str, ...]:
 def _configs(methods: dict) -> tuple[Config, ...]:
     configs = []
     for method, choice in methods.items():
-        grid = choice.get("grid", {})
-        for values in itertools.product(*grid.values()):
-            configs.append(Config(method, choice["penalty"], tuple(zip(grid, map(float, values), strict=True))))
+        grids = choice.get("grid", {})
+        for grid in [grids] if isinstance(grids, dict) else grids:
+            for values in itertools.product(*grid.values()):
+                configs.append(Config(method, choice["penalty"], tuple(zip(grid, map(float, values), strict=True))))
     return tuple(configs)
 
 
