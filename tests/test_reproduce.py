@@ -69,7 +69,8 @@ def test_every_configuration_is_tuned_and_a_diverged_one_is_recorded(done):
         report = json.loads((folder / "val" / "prune.json").read_text())
         assert report["images"] == "val" and [r["asked"] for r in report["results"]] == [0.5, 0.95]
         assert "test_of_best" not in json.loads((folder / "run" / "summary.json").read_text())
-    assert "diverged" in (out / "table.md").read_text()
+    text = (out / "table.md").read_text()
+    assert "diverged" in text and f"{len(list(out.glob('*/*/seed*/run/summary.json')))} runs were trained" in text
 
 
 def test_the_best_on_held_out_images_is_chosen_and_only_it_is_tested(done):

@@ -117,6 +117,12 @@ def _tuning(study: Study, found: dict[str, dict[str, dict[float, float]]]) -> li
     return [*lines, ""]
 
 
+def _training_time(out: Path) -> str:
+    """Say how many runs were trained, and how long that took in total."""
+    seconds = [read_json(path)["seconds"] for path in out.glob("*/*/seed*/run/summary.json")]
+    return f"{len(seconds)} runs were trained, in {sum(seconds) / 3600:.1f} h taken together, evaluation included."
+
+
 def write_report(study: Study, out: Path, *, command: str) -> dict:
     """Write table.md, table.csv, accuracy_vs_sparsity.png and pareto.png.
 
@@ -133,6 +139,7 @@ def write_report(study: Study, out: Path, *, command: str) -> dict:
     text = [f"# {study.title}", "", f"    {command}", ""]
     text += [
         "Top-1 in percent, mean ± standard deviation over seeds, after pruning this fraction of the weights once.",
+        _training_time(out),
         "",
     ]
     if rows["global"]:
