@@ -22,6 +22,8 @@ from utils.run import require_writable, run_script, write_json
 from utils.study import read_accuracies
 from utils.study_report import top1_table
 
+CONTROLS = [name for name in LABELS if name != "halo"]
+
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
@@ -31,7 +33,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--percent", type=options.real(0, high=1), nargs="+", required=True, metavar="P", help=text)
     text = "epochs of the controls that go on from the end of a run"
     parser.add_argument("--epochs", type=options.whole(1), default=5, metavar="N", help=text)
-    parser.add_argument("--only", choices=LABELS, nargs="+", default=list(LABELS), help="these controls (default: all)")
+    text = "controls to train beside the runs"
+    parser.add_argument("--only", choices=CONTROLS, nargs="+", default=CONTROLS, metavar="CONTROL", help=text)
     parser.add_argument("--data", default="data", metavar="DIR", help="folder that holds the images")
     parser.add_argument("--save_dir", default="runs/adaptivity", metavar="DIR", help="the outputs")
     return parser
@@ -71,6 +74,15 @@ def rows_of(found: dict[str, list[dict[float, float]]], percent: tuple[float, ..
     return rows
 
 
+def finding(rows: list[dict]) -> str:
+    """Say what HALO and the first controls keep at the highest ratio that costs HALO at most a point."""
+    top1 = {(row["method"], row["ratio"]): row["top1_mean"] for row in rows}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    halo = LABELS["halo"]
+    ratio = max(r for method, r in top1 if method == halo and top1[halo, r] >= top1[halo, 0.0] - 1)
+    return f"at {ratio:g} removed: " + ", ".join(f"{method} {top1[method, ratio]:.1f}%" for method in methods[:3])
+
+
 def write_report(out: Path, rows: list[dict], lambdas: list[dict], title: str) -> None:
     """Write adaptivity.md, adaptivity.json and adaptivity.png."""
     command = shlex.join(["python", "adaptivity.py", *sys.argv[1:]])
@@ -80,7 +92,7 @@ def write_report(out: Path, rows: list[dict], lambdas: list[dict], title: str) -
     text += [f"| {' | '.join(f'{value:.4g}' for value in row.values())} |" for row in lambdas]
     write_text(out / "adaptivity.md", "\n".join([*text, ""]))
     write_json(out / "adaptivity.json", {"command": command, "rows": rows, "lambdas": lambdas})
-    plots.plot_study(rows, out / "adaptivity.png", title=title, images="held-out")
+    plots.plot_study(rows, out / "adaptivity.png", title=title, finding=finding(rows), images="held-out")
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -91,9 +103,9 @@ def main(args: argparse.Namespace) -> dict:
     """
     runs, out, percent = load_runs(args.runs), Path(args.save_dir), tuple(sorted(args.percent))
     require_writable(out, make=True)
-    found: dict[str, list[dict[float, float]]] = {name: [] for name in args.only}
+    found: dict[str, list[dict[float, float]]] = {name: [] for name in ("halo", *args.only)}
     for run in runs:
-        for name in args.only:
+        for name in found:
             folder = out / name / f"seed{run.seed}"
             path = measure_control(run, name, folder, data=args.data, epochs=args.epochs, percent=percent)
             found[name].append(read_accuracies(path))

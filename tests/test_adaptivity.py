@@ -1,6 +1,7 @@
 """The controls of a HALO run: each differs from it in lam alone, and in lam as its name says."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -104,6 +105,19 @@ def test_again_trains_nothing(runs, done):
     options = [*map(str, runs), "--percent", "0.9", "0.5", "--epochs", "2", "--save_dir", str(out)]
     again = adaptivity.main(adaptivity.get_parser().parse_args(options))
     assert again == result and {path: path.stat().st_mtime_ns for path in out.rglob("*.pth.tar")} == before
+
+
+def test_only_some_controls(runs, done, tmp_path):
+    shutil.copytree(done[0], tmp_path / "out")
+    options = [str(runs[0]), "--percent", "0.5", "--only", "averaged", "--save_dir", str(tmp_path / "out")]
+    rows = adaptivity.main(adaptivity.get_parser().parse_args(options))["rows"]
+    assert {row["method"] for row in rows} == {LABELS["halo"], LABELS["averaged"]} and {row["n"] for row in rows} == {1}
+
+
+def test_the_title_takes_the_highest_ratio_that_costs_halo_at_most_a_point():
+    top1 = {"HALO": {0.0: 98.0, 0.9: 97.5, 0.99: 60.0}, "L1": {0.0: 97.0, 0.9: 80.0, 0.99: 79.0}}
+    rows = [{"method": m, "ratio": r, "top1_mean": value} for m, of in top1.items() for r, value in of.items()]
+    assert adaptivity.finding(rows) == "at 0.9 removed: HALO 97.5%, L1 80.0%"
 
 
 def test_shares_of_the_variance_of_lam(runs):

@@ -20,11 +20,11 @@ from utils.study_jobs import is_trained, measure
 
 LABELS = {
     "halo": "HALO",
-    "averaged": "HALO, lam averaged per layer after every epoch",
-    "growing_l1": "L1, as strong in every epoch as HALO's median",
-    "last_l1": "L1, as strong throughout as HALO's last median",
-    "then_kept": "HALO, then more epochs with its lam",
-    "then_averaged": "HALO, then more epochs with lam averaged per layer",
+    "averaged": "lam averaged per layer, each epoch",
+    "growing_l1": "L1 growing as HALO's median",
+    "last_l1": "L1 at HALO's last median",
+    "then_kept": "HALO, then lam frozen",
+    "then_averaged": "HALO, then lam averaged and frozen",
 }
 
 

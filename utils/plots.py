@@ -130,13 +130,21 @@ def _whole_and_close_up(ratios: Sequence[float], top: float, ylabel: str) -> tup
     return figure, panels
 
 
-def plot_study(rows: Sequence[dict], path: str | Path, *, title: str, images: str = "test") -> None:
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if len(labels) < 6 else 3)
+
+
+def plot_study(
+    rows: Sequence[dict], path: str | Path, *, title: str, finding: str | None = None, images: str = "test"
+) -> None:
     """Draw the accuracy of every method against the fraction removed, with standard deviations over seeds.
 
     Args:
         rows: `method`, `ratio`, `n`, `top1_mean` and `top1_std`, as from `utils.study_report.final_rows`.
         path: PNG to write.
         title: what the study asks.
+        finding: what it shows; by default which method keeps most at the highest ratio.
         images: which images the accuracy was measured on, for the label.
     """
     ratios, methods = sorted({r["ratio"] for r in rows}), list(dict.fromkeys(r["method"] for r in rows))
@@ -147,11 +155,11 @@ def plot_study(rows: Sequence[dict], path: str | Path, *, title: str, images: st
         y, spread = [row["top1_mean"] for row in mine], [row["top1_std"] or 0 for row in mine]
         for axes in panels:
             axes.errorbar(x, y, yerr=spread, label=method, capsize=3, **_look(number))
-    panels[0].legend()
+    _legend_below(figure, panels[0])
     best = max((row for row in rows if row["ratio"] == ratios[-1]), key=lambda row: row["top1_mean"])
     counts = {row["n"] for row in rows}
     seeds = f"n = {min(counts)}" + (f" to {max(counts)}" if len(counts) > 1 else "")
-    finding = f"at {ratios[-1]:g} removed, {best['method']} keeps most: {best['top1_mean']:.2f}%"
+    finding = finding or f"at {ratios[-1]:g} removed, {best['method']} keeps most: {best['top1_mean']:.2f}%"
     figure.suptitle(f"{title}\n{finding} (mean, standard deviation over seeds, {seeds})")
     save_figure(figure, path)
 
@@ -177,7 +185,7 @@ def plot_pareto(tuned: Mapping[str, Mapping[str, Mapping[float, float]]], path: 
                 values = [run[ratio] for ratio in ratios]
                 axes.plot(range(len(ratios)), values, "-", color=look["color"], alpha=0.3, linewidth=0.8)
             axes.errorbar(range(len(ratios)), best, label=f"{method}, best of {len(runs)}", **look)
-    panels[0].legend()
+    _legend_below(figure, panels[0])
     figure.suptitle(f"{title}\nall tuned runs (thin) and the best of each method at each ratio")
     save_figure(figure, path)
 
