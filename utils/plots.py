@@ -160,7 +160,7 @@ def plot_study(
     counts = {row["n"] for row in rows}
     seeds = f"n = {min(counts)}" + (f" to {max(counts)}" if len(counts) > 1 else "")
     finding = finding or f"at {ratios[-1]:g} removed, {best['method']} keeps most: {best['top1_mean']:.2f}%"
-    figure.suptitle(f"{title}\n{finding} (mean, standard deviation over seeds, {seeds})")
+    figure.suptitle(f"{title}\n{finding}\n(mean, standard deviation over seeds, {seeds})")
     save_figure(figure, path)
 
 
