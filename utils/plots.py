@@ -243,7 +243,7 @@ def plot_energy(energies: Mapping[str, Mapping[str, Tensor]], path: str | Path, 
                 panel.set_title(name, fontsize=9)
     axes[0].legend(fontsize=7, ncols=2 if alone and len(layers) > 12 else 1)
     figure.supxlabel("fraction of the channels (largest eigenvalues first)")
-    figure.supylabel(f"cumulative energy of the covariance, {pool} pooling")
+    figure.supylabel(f"cumulative energy of the\ncovariance, {pool} pooling")
     figure.suptitle(_energy_title(energies))
     save_figure(figure, path)
 
