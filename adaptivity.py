@@ -16,9 +16,8 @@ from statistics import mean, stdev
 from utils import options, plots
 from utils.adaptivity import LABELS, HaloRun, describe_lambdas, load_run, measure_control
 from utils.atomic import write_text
-from utils.experiment import FREE_ON_RESUME
 from utils.logger import say
-from utils.run import require_writable, run_script, write_json
+from utils.run import read_json, require_writable, run_script, write_json
 from utils.study import read_accuracies
 from utils.study_report import top1_table
 
@@ -48,13 +47,29 @@ def load_runs(folders: list[str]) -> list[HaloRun]:
     """
     runs = [load_run(folder) for folder in folders]
     for run in runs[1:]:
-        mine, first = run.state["config"], runs[0].state["config"]
-        other = [key for key in mine if key not in FREE_ON_RESUME - {"epochs"} | {"seed"} and mine[key] != first[key]]
+        first = runs[0].setting
+        other = [key for key, value in run.setting.items() if value != first.get(key)]
         if other:
             raise ValueError(f"{run.folder} differs from the first run in {other[0]}: give runs that differ in seed")
     if len({run.seed for run in runs}) < len(runs):
         raise ValueError("two runs have the same seed: give each once")
     return runs
+
+
+def prepare(out: Path, setting: dict) -> None:
+    """Make the folder of the outputs, for the controls of one setting only.
+
+    Raises:
+        ValueError: it holds the controls of another.
+        OSError: it cannot be made or written to.
+    """
+    require_writable(out, make=True)
+    before = read_json(out / "setting.json")
+    if before is not None and before != setting:
+        changed = next(key for key in setting if setting[key] != before.get(key))
+        was = f"{changed} {before.get(changed)}, now {setting[changed]}"
+        raise ValueError(f"{out} holds the controls of other runs ({was}): choose another --save_dir")
+    write_json(out / "setting.json", setting)
 
 
 def rows_of(found: dict[str, list[dict[float, float]]], percent: tuple[float, ...]) -> list[dict]:
@@ -101,8 +116,8 @@ def main(args: argparse.Namespace) -> dict:
     Returns:
         `rows` of the table, and `lambdas`, what lam looks like at the end of each run.
     """
-    runs, out, percent = load_runs(args.runs), Path(args.save_dir), tuple(sorted(args.percent))
-    require_writable(out, make=True)
+    runs, out, percent = load_runs(args.runs), Path(args.save_dir), tuple(sorted(set(args.percent) - {0.0}))
+    prepare(out, runs[0].setting | {"epochs after the end": args.epochs})
     found: dict[str, list[dict[float, float]]] = {name: [] for name in ("halo", *args.only)}
     for run in runs:
         for name in found:

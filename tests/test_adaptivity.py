@@ -8,8 +8,10 @@ import torch
 
 import adaptivity
 from mnist import mnist
-from utils.adaptivity import LABELS, GrowingL1, describe_lambdas, load_run, measure_control
+from utils.adaptivity import LABELS, AveragedHALO, GrowingL1, describe_lambdas, load_run, measure_control
 from utils.checkpoint import load_checkpoint
+from utils.study import read_accuracies
+from utils.training import NonFiniteLossError
 
 DIGITS = ["-d", "digits", "-a", "lenet_300_100", "--epochs", "3", "--schedule", "2", "--lr", "0.05", "--wd", "0"]
 HALO = ["--halo", "--xi", "1e-4", "--psi", "1e-2", "--val_split", "300", "--no_test"]
@@ -109,7 +111,17 @@ def test_again_trains_nothing(runs, done):
 
 def test_only_some_controls(runs, done, tmp_path):
     shutil.copytree(done[0], tmp_path / "out")
-    options = [str(runs[0]), "--percent", "0.5", "--only", "averaged", "--save_dir", str(tmp_path / "out")]
+    options = [
+        str(runs[0]),
+        "--percent",
+        "0.5",
+        "--only",
+        "averaged",
+        "--epochs",
+        "2",
+        "--save_dir",
+        str(tmp_path / "out"),
+    ]
     rows = adaptivity.main(adaptivity.get_parser().parse_args(options))["rows"]
     assert {row["method"] for row in rows} == {LABELS["halo"], LABELS["averaged"]} and {row["n"] for row in rows} == {1}
 
@@ -148,6 +160,45 @@ def test_runs_that_differ_in_more_than_seed_are_refused(runs, tmp_path, fails_in
     assert status == 1 and "seed" in line
     status, line = fails_in(adaptivity, runs[0], runs[0], "--percent", 0.5, "--save_dir", tmp_path / "out")
     assert status == 1 and "same seed" in line
+
+
+def test_the_controls_of_other_runs_are_not_taken_over(runs, done, tmp_path, fails_in):
+    shutil.copytree(done[0], tmp_path / "out")
+    other = train(tmp_path / "run", *HALO, "--xi", "2e-4", "--epochs", 1, "--schedule")
+    options = ["--percent", 0.5, "--epochs", 2, "--save_dir", tmp_path / "out"]
+    status, line = fails_in(adaptivity, other, *options)
+    assert status == 1 and "xi 0.0001, now 0.0002" in line and "--save_dir" in line
+    status, line = fails_in(adaptivity, runs[0], *options[:3], 4, *options[4:])
+    assert status == 1 and "epochs after the end 2, now 4" in line
+
+
+def test_stopped_it_says_that_the_same_command_goes_on(runs, tmp_path, fails_in, monkeypatch):
+    def stop(self):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        return run_epoch(self)
+
+    run_epoch = AveragedHALO.run_epoch
+    monkeypatch.setattr(AveragedHALO, "run_epoch", stop)
+    options = [runs[0], "--percent", 0.5, "--only", "averaged", "--save_dir", tmp_path]
+    status, line = fails_in(adaptivity, *options)
+    assert status == 130 and "same command goes on" in line
+    assert load_checkpoint(tmp_path / "averaged" / "seed1" / "run" / "checkpoint.pth.tar")["epoch"] == 1
+    monkeypatch.setattr(AveragedHALO, "run_epoch", run_epoch)
+    adaptivity.main(adaptivity.get_parser().parse_args([str(option) for option in options]))
+    whole = measure_control(load_run(runs[0]), "averaged", tmp_path / "whole", data="data", epochs=1, percent=(0.5,))
+    stopped = tmp_path / "averaged" / "seed1" / "val" / "prune.json"
+    assert read_accuracies(stopped) == read_accuracies(whole)
+
+
+def test_a_control_that_diverges_is_named(runs, tmp_path, fails_in, monkeypatch):
+    def diverge(self):
+        raise NonFiniteLossError("the cross-entropy is nan")
+
+    monkeypatch.setattr(GrowingL1, "run_epoch", diverge)
+    options = [runs[0], "--percent", 0.5, "--only", "growing_l1", "--save_dir", tmp_path]
+    status, line = fails_in(adaptivity, *options)
+    assert status == 1 and LABELS["growing_l1"] in line and "--only" in line
 
 
 def test_a_folder_without_a_run_is_one_line(tmp_path, fails_in):

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from utils.checkpoint import load_checkpoint, load_weights
-from utils.experiment import Experiment, train_or_evaluate
+from utils.experiment import FREE_ON_RESUME, Experiment, train_or_evaluate
 from utils.statistics import flatten, rank_correlation
 from utils.study_jobs import is_trained, measure
+from utils.training import NonFiniteLossError
 
 LABELS = {
     "halo": "HALO",
@@ -48,6 +49,12 @@ class HaloRun:
     def seed(self) -> int:
         """The seed it was trained with."""
         return self.state["config"]["seed"]
+
+    @property
+    def setting(self) -> dict:
+        """The options that shape its training, without the seed."""
+        left_out = FREE_ON_RESUME - {"epochs"} | {"seed"}
+        return {key: value for key, value in self.state["config"].items() if key not in left_out}
 
 
 def load_run(folder: str | Path) -> HaloRun:
@@ -152,11 +159,21 @@ def train_control(run: HaloRun, name: str, folder: Path, *, data: str, epochs: i
 def measure_control(
     run: HaloRun, name: str, folder: Path, *, data: str, epochs: int, percent: tuple[float, ...]
 ) -> Path:
-    """Train a control and measure it on the held-out images; return its prune.json. What it says goes to log.txt."""
+    """Train a control and measure it on the held-out images; return its prune.json. What it says goes to log.txt.
+
+    Raises:
+        NonFiniteLossError: it diverged.
+        KeyboardInterrupt: Ctrl-C; the same call goes on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        args = train_control(run, name, folder / "run", data=data, epochs=epochs)
-        measure(args, folder / "val", percent=percent, scheme="global", images="val")
+    try:
+        with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            args = train_control(run, name, folder / "run", data=data, epochs=epochs)
+            measure(args, folder / "val", percent=percent, scheme="global", images="val")
+    except KeyboardInterrupt as error:
+        raise type(error)(f"stopped; the same command goes on, {folder} holds the last finished epoch") from error
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"{LABELS[name]!r} diverged ({folder}/log.txt): leave it out with --only") from error
     return folder / "val" / "prune.json"
 
 
