@@ -173,7 +173,7 @@ def test_the_end_of_a_grid_is_seen(tmp_path):
 
 
 def test_a_method_may_have_several_grids(tmp_path):
-    grids = [{"xi": [1e-5], "psi": [1e-3]}, {"xi": [1e-4], "psi": [1e-3, 1e-2]}]
+    grids = [{"xi": [1e-5, 1e-4], "psi": [1e-3]}, {"xi": [1e-4], "psi": [1e-3, 1e-2]}]
     study = load_study(write_study(tmp_path, methods={"HALO": {"penalty": "halo", "grid": grids}}))
     assert [config.name for config in study.configs] == ["xi1e-05_psi0.001", "xi0.0001_psi0.001", "xi0.0001_psi0.01"]
 

@@ -89,7 +89,7 @@ def _configs(methods: dict) -> tuple[Config, ...]:
         for grid in [grids] if isinstance(grids, dict) else grids:
             for values in itertools.product(*grid.values()):
                 configs.append(Config(method, choice["penalty"], tuple(zip(grid, map(float, values), strict=True))))
-    return tuple(configs)
+    return tuple(dict.fromkeys(configs))  # grids may overlap
 
 
 def load_study(path: str | Path) -> Study:
