@@ -6,12 +6,12 @@ Prints a table in Markdown: top-1 on the test images before pruning and at every
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from utils import options, plots
 from utils.logger import say
 from utils.run import refuse_existing, run_script
+from utils.study import read_accuracies
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -31,10 +31,12 @@ def read_report(path: str) -> dict[float, float]:
         ValueError: the file is missing or not written by the pruning stage.
     """
     try:
-        report = json.loads(Path(path).read_text())
-        return {0.0: report["before"]["top1"]} | {r["asked"]: r["after"]["top1"] for r in report["results"]}
+        accuracies = read_accuracies(Path(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no prune.json of cifar_prune_iterative.py: give that file") from error
+    if not accuracies:
+        raise ValueError(f"{path} does not exist: give a prune.json of cifar_prune_iterative.py")
+    return accuracies
 
 
 def main(args: argparse.Namespace) -> dict:
