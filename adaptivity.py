@@ -14,12 +14,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from utils import options, plots
-from utils.adaptivity import LABELS, HaloRun, describe_lambdas, load_run, measure_control
-from utils.atomic import write_text
+from utils.files.atomic import write_text
 from utils.logger import say
 from utils.run import read_json, require_writable, run_script, write_json
-from utils.study import read_accuracies
-from utils.study_report import top1_table
+from utils.studies.adaptivity import LABELS, HaloRun, describe_lambdas, load_run, measure_control
+from utils.studies.report import top1_table
+from utils.studies.study import read_accuracies
 
 CONTROLS = [name for name in LABELS if name != "halo"]
 

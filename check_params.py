@@ -10,9 +10,9 @@ import argparse
 
 from models import ARCHS, resolve_depth
 from utils import options
-from utils.check_run import check
-from utils.data import DATASETS
 from utils.run import run_script
+from utils.stages.check import check
+from utils.training.data import DATASETS
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -11,9 +11,9 @@ import argparse
 
 from models import CIFAR_ARCHS, resolve_depth
 from utils import options
-from utils.data import RGB, datasets_of
-from utils.experiment import train_or_evaluate
 from utils.run import run_script
+from utils.training.data import RGB, datasets_of
+from utils.training.experiment import train_or_evaluate
 
 
 def get_parser() -> argparse.ArgumentParser:

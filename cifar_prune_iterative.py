@@ -10,10 +10,10 @@ import argparse
 
 from models import CIFAR_ARCHS, resolve_depth
 from utils import options
-from utils.data import RGB, datasets_of
-from utils.prune_run import prune_and_evaluate
-from utils.pruning import SCHEMES
+from utils.halo.pruning import SCHEMES
 from utils.run import run_script
+from utils.stages.prune import prune_and_evaluate
+from utils.training.data import RGB, datasets_of
 
 
 def get_parser() -> argparse.ArgumentParser:

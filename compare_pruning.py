@@ -11,7 +11,7 @@ from pathlib import Path
 from utils import options, plots
 from utils.logger import say
 from utils.run import refuse_existing, run_script
-from utils.study import read_accuracies
+from utils.studies.study import read_accuracies
 
 
 def get_parser() -> argparse.ArgumentParser:

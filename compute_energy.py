@@ -14,13 +14,13 @@ import torch
 
 from models import ARCHS, build_model, resolve_depth
 from utils import options, plots
-from utils.atomic import atomic_write
-from utils.checkpoint import load_checkpoint, load_weights
-from utils.data import DATASETS, Dataset, load_dataset
-from utils.energy import POOLS, components, effective_rank, layer_energies, measured_layers
-from utils.experiment import make_loader, memory_format
+from utils.files.atomic import atomic_write
+from utils.files.checkpoint import load_checkpoint, load_weights
 from utils.logger import say
 from utils.run import choose_device, refuse_existing, run_script, write_json
+from utils.stages.energy import POOLS, components, effective_rank, layer_energies, measured_layers
+from utils.training.data import DATASETS, Dataset, load_dataset
+from utils.training.loading import make_loader, memory_format
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -18,9 +18,9 @@ from pathlib import Path
 from utils import options
 from utils.logger import say
 from utils.run import read_json, require_writable, run_script, write_json
-from utils.study import Study, load_study, read_accuracies
-from utils.study_jobs import Job, final_jobs, require_same_options, run_jobs, save_choice, tuning_jobs
-from utils.study_report import write_report
+from utils.studies.jobs import Job, final_jobs, require_same_options, run_jobs, save_choice, tuning_jobs
+from utils.studies.report import write_report
+from utils.studies.study import Study, load_study, read_accuracies
 
 STUDIES = Path(__file__).resolve().parent / "results" / "studies"
 

@@ -25,16 +25,16 @@ from benchmarks.naive import NaiveTraining, pil_loader, random_dataset
 from benchmarks.report import markdown, plot_scaling
 from benchmarks.timing import interleave, rows
 from models import ARCHS, build_model
-from utils.atomic import write_text
-from utils.compiled import CompiledNetwork
-from utils.data import Loader
-from utils.experiment import memory_format
-from utils.lambda_sgd import FusedHALO, LambdaSGD
-from utils.parameters import penalized_parameters
-from utils.penalties import HALO, Penalty
-from utils.precision import Precision
+from utils.files.atomic import write_text
+from utils.halo.lambda_sgd import FusedHALO, LambdaSGD
+from utils.halo.parameters import penalized_parameters
+from utils.halo.penalties import HALO, Penalty
 from utils.run import describe, run_script, write_json
-from utils.training import train_one_epoch
+from utils.training.compiled import CompiledNetwork
+from utils.training.data import Loader
+from utils.training.epoch import train_one_epoch
+from utils.training.loading import memory_format
+from utils.training.precision import Precision
 
 CPU = torch.device("cpu")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -46,7 +46,7 @@ BATCH = {"vgg16_bn": 64, "resnet": 64, "lenet_300_100": 100, "lenet_5": 100}
 
 
 class Training:
-    """A network with its penalty and optimizers, as utils/experiment.py sets them up."""
+    """A network with its penalty and optimizers, as utils/training/experiment.py sets them up."""
 
     def __init__(
         self,

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 
 from models import MNIST_ARCHS, resolve_depth
 from utils import options
-from utils.data import GREY, datasets_of
 from utils.distributed import processes
-from utils.experiment import train_or_evaluate
-from utils.prune_run import prune_and_evaluate
-from utils.pruning import SCHEMES
+from utils.halo.pruning import SCHEMES
 from utils.run import run_script
+from utils.stages.prune import prune_and_evaluate
+from utils.training.data import GREY, datasets_of
+from utils.training.experiment import train_or_evaluate
 
 PRUNE_ONLY = ("scheme", "recalibrate_bn")
 TRAIN_ONLY = (

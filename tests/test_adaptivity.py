@@ -8,10 +8,10 @@ import torch
 
 import adaptivity
 from mnist import mnist
-from utils.adaptivity import LABELS, AveragedHALO, GrowingL1, describe_lambdas, load_run, measure_control
-from utils.checkpoint import load_checkpoint
-from utils.study import read_accuracies
-from utils.training import NonFiniteLossError
+from utils.files.checkpoint import load_checkpoint
+from utils.studies.adaptivity import LABELS, AveragedHALO, GrowingL1, describe_lambdas, load_run, measure_control
+from utils.studies.study import read_accuracies
+from utils.training.epoch import NonFiniteLossError
 
 DIGITS = ["-d", "digits", "-a", "lenet_300_100", "--epochs", "3", "--schedule", "2", "--lr", "0.05", "--wd", "0"]
 HALO = ["--halo", "--xi", "1e-4", "--psi", "1e-2", "--val_split", "300", "--no_test"]

@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT
 
 from models import build_model
-from utils.atomic import atomic_write
-from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from utils.files.atomic import atomic_write
+from utils.files.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 
 STATE = {"epoch": 3, "state_dict": {"w": torch.arange(4.0)}, "acc": 70.7, "best_acc": 71.0}
 
@@ -40,7 +40,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.pth.tar"
     save_checkpoint(path, STATE)
     code = (
-        "import signal, torch; from utils.checkpoint import save_checkpoint\n"
+        "import signal, torch; from utils.files.checkpoint import save_checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"try: save_checkpoint({str(path)!r}, {{'state_dict': {{'w': torch.rand(1000000)}}}})\n"
         "except OSError as error: print(error)"

@@ -15,7 +15,7 @@ import torch
 from conftest import start, train
 
 from models import build_model
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.run import RUN_FILES
 
 HALO = ["--halo", "--xi", "1e-3", "--psi", "1e-3"]
@@ -114,16 +114,16 @@ def test_training_learns_and_evaluate_agrees(tiny, tmp_path):
 
 
 def test_val_split_leaves_the_test_set_alone(tiny, tmp_path, monkeypatch):
-    from utils import experiment
+    from utils.training import loading
 
     seen = []
-    original = experiment.make_loader
+    original = loading.make_loader
 
     def watch(data, split, *args, **kwargs):
         seen.append(split)
         return original(data, split, *args, **kwargs)
 
-    monkeypatch.setattr(experiment, "make_loader", watch)
+    monkeypatch.setattr(loading, "make_loader", watch)
     summary = train(*tiny, "--val_split", "9")
     assert seen == ["train", "val", "test"]
     log = rows(tmp_path / "run")
@@ -135,15 +135,15 @@ def test_val_split_leaves_the_test_set_alone(tiny, tmp_path, monkeypatch):
 
 
 def test_no_test_never_reads_the_test_images(tiny, tmp_path, monkeypatch):
-    from utils import experiment
+    from utils.training import loading
 
-    original = experiment.make_loader
+    original = loading.make_loader
 
     def watch(data, split, *args, **kwargs):
         assert split != "test"
         return original(data, split, *args, **kwargs)
 
-    monkeypatch.setattr(experiment, "make_loader", watch)
+    monkeypatch.setattr(loading, "make_loader", watch)
     summary = train(*tiny, "--val_split", "9", "--no_test")
     assert "test_of_best" not in summary and "val_top1" in summary["final"]
 

@@ -5,9 +5,9 @@ import torch
 
 from models import build_model
 from utils import prunable_weights
-from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.compact import entropy_bound, same_bits, save_compact
-from utils.pruning import prune_by_magnitude_
+from utils.files.checkpoint import CheckpointError, load_checkpoint
+from utils.files.compact import entropy_bound, same_bits, save_compact
+from utils.halo.pruning import prune_by_magnitude_
 
 
 def test_every_bit_comes_back(tmp_path):

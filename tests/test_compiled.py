@@ -8,8 +8,8 @@ from test_cifar import HALO, assert_equal_runs
 from test_lambda_sgd import BOUND
 from torch import nn
 
-from utils import compiled
-from utils.compiled import CompiledNetwork
+from utils.training import compiled
+from utils.training.compiled import CompiledNetwork
 
 CPU = torch.device("cpu")
 

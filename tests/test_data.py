@@ -9,7 +9,7 @@ from conftest import write_images
 from PIL import Image
 from torchvision.transforms import functional as reference
 
-from utils.data import Dataset, Loader, Split, crop, flip, load_dataset
+from utils.training.data import Dataset, Loader, Split, crop, flip, load_dataset
 
 PADDING = 4
 

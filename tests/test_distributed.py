@@ -16,10 +16,11 @@ from conftest import ROOT, start, train
 
 import cifar_prune_iterative
 import mnist.mnist
-from utils import data, distributed
-from utils.checkpoint import load_checkpoint
-from utils.data import Loader, Split
+from utils import distributed
+from utils.files.checkpoint import load_checkpoint
 from utils.options import OptionError
+from utils.training import data
+from utils.training.data import Loader, Split
 
 LENET = ["-d", "digits", "-a", "lenet_300_100", "--halo", "--xi", "1e-4", "--psi", "1e-4", "--lr", "0.05"]
 LENET += ["--schedule", "1", "--train_batch", "64"]  # 1437 images: the last batch has 29, which two cannot halve

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from models import build_model
-from utils.energy import (
+from utils.stages.energy import (
     POOLS,
     StreamingCovariance,
     components,

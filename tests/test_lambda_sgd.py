@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build_model
-from utils import HALO, lambda_sgd, penalized_parameters, penalties
-from utils.lambda_sgd import FusedHALO, LambdaSGD, load_kernel
+from utils import HALO, penalized_parameters
+from utils.halo import lambda_sgd, penalties
+from utils.halo.lambda_sgd import FusedHALO, LambdaSGD, load_kernel
 
 FACTORS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 FORMS = ["kernel", "pieces", "compiled"]

@@ -58,7 +58,7 @@ def test_flags_choose_penalty_and_folder(name):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_option_is_read(script):
-    sources = [ROOT / script, *(ROOT / "utils").glob("*.py")]
+    sources = [ROOT / script, *(ROOT / "utils").rglob("*.py")]
     text = "\n".join(path.read_text() for path in sources)
     names = {action.dest for action in SCRIPTS[script].get_parser()._actions} - {"help"}
     reads_coefficients = 'for name in ("xi", "psi", "lambda_init")' in text

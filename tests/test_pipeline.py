@@ -18,7 +18,7 @@ import compute_energy
 import mnist.mnist
 from models import build_model
 from utils import prunable_weights
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.files.checkpoint import load_checkpoint, save_checkpoint
 
 
 def call(script, *options):
@@ -142,7 +142,7 @@ def test_pruning_files_and_numbers(network, tmp_path):
 
 
 def test_pruning_on_held_out_images_reads_no_others(network, tmp_path, monkeypatch):
-    from utils import prune_run
+    from utils.stages import prune as prune_run
 
     seen = []
     original = prune_run.make_loader
@@ -173,7 +173,7 @@ def test_recalibrated_statistics_are_those_of_the_images(network, images, tmp_pa
     assert set(report["results"][0]["recalibrated"]) == {"loss", "top1", "top5"}
     plain, fresh = (load_checkpoint(tmp_path / f"pruned_0.5{s}.pth.tar") for s in ("", "_recalibrated"))
     assert torch.equal(plain["state_dict"]["conv1.weight"], fresh["state_dict"]["conv1.weight"])
-    from utils.data import Loader, Split, load_dataset
+    from utils.training.data import Loader, Split, load_dataset
 
     data = load_dataset("folder", images)
     generator = torch.Generator().manual_seed(1)  # of --seed

@@ -10,10 +10,10 @@ from test_cifar import assert_equal_runs, rows
 from torch import nn
 
 from utils import HALO, penalized_parameters
-from utils.checkpoint import load_checkpoint
-from utils.lambda_sgd import FusedHALO
-from utils.precision import Precision
-from utils.training import train_one_epoch
+from utils.files.checkpoint import load_checkpoint
+from utils.halo.lambda_sgd import FusedHALO
+from utils.training.epoch import train_one_epoch
+from utils.training.precision import Precision
 
 CPU = torch.device("cpu")
 

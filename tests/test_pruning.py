@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model
 from utils import prunable_weights
-from utils.pruning import (
+from utils.halo.pruning import (
     SCHEMES,
     count_macs,
     dead_filters,

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 import reproduce
-from utils.study import choose, load_study, on_edge, read_accuracies
+from utils.studies.study import choose, load_study, on_edge, read_accuracies
 
 STUDY = {
     "title": "Digits: a small study",

@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 
 from utils import HALO, L1, MCP, SWS
-from utils.statistics import near_zero, penalty_statistics, quantiles, rank_correlation
+from utils.training.statistics import near_zero, penalty_statistics, quantiles, rank_correlation
 
 
 def test_rank_correlation_equals_scipy_with_ties():

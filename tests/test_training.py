@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import HALO, L1, make_penalty, penalized_parameters
-from utils.experiment import milestones
-from utils.lambda_sgd import LambdaSGD
-from utils.training import NonFiniteLossError, evaluate, train_one_epoch
+from utils.halo.lambda_sgd import LambdaSGD
+from utils.training.epoch import NonFiniteLossError, evaluate, train_one_epoch
+from utils.training.optimizers import milestones
 
 CPU = torch.device("cpu")
 

@@ -1,18 +1,8 @@
-"""What a training loop of your own needs: the penalties, the tensors they act on, and the step of lam."""
+"""The rooms behind the scripts; hands on halo's public names, so that `from utils import HALO` works.
 
-from utils.lambda_sgd import FusedHALO, LambdaSGD
-from utils.parameters import penalized_parameters, prunable_weights
-from utils.penalties import HALO, L1, MCP, SWS, Penalty, make_penalty
+Imports run one way: scripts -> studies -> stages -> training -> files, plots, logger, run, options, distributed ->
+models, halo. tests/test_architecture.py holds everyone to it.
+"""
 
-__all__ = [
-    "HALO",
-    "L1",
-    "MCP",
-    "SWS",
-    "FusedHALO",
-    "LambdaSGD",
-    "Penalty",
-    "make_penalty",
-    "penalized_parameters",
-    "prunable_weights",
-]
+from utils.halo import *  # noqa: F403
+from utils.halo import __all__ as __all__

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from progress.bar import Bar
 
-from utils.atomic import write_text
 from utils.distributed import is_main
+from utils.files.atomic import write_text
 
 
 def write_csv(path: str | Path, rows: Sequence[dict]) -> None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from utils.atomic import atomic_write
+from utils.files.atomic import atomic_write
 
 DARK, LIGHT, MIDDLE = "#1f3b73", "#e08a1e", "#5c9ead"  # dark, light and between, in greyscale too
 SMALLEST = 1e-9  # what is smaller, zeros too, is drawn here
@@ -141,7 +141,7 @@ def plot_study(
     """Draw the accuracy of every method against the fraction removed, with standard deviations over seeds.
 
     Args:
-        rows: `method`, `ratio`, `n`, `top1_mean` and `top1_std`, as from `utils.study_report.final_rows`.
+        rows: `method`, `ratio`, `n`, `top1_mean` and `top1_std`, as from `utils.studies.report.final_rows`.
         path: PNG to write.
         title: what the study asks.
         finding: what it shows; by default which method keeps most at the highest ratio.

@@ -19,8 +19,8 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from utils.atomic import atomic_write, write_text
 from utils.distributed import is_main, processes
+from utils.files.atomic import atomic_write, write_text
 from utils.options import OptionError
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -9,15 +9,15 @@ from torch import nn
 
 from models import ARCHS, build_model
 from utils import plots
-from utils.checkpoint import load_checkpoint, load_weights
-from utils.compact import entropy_bound, same_bits, save_compact
-from utils.data import load_dataset
-from utils.experiment import make_loader, memory_format
+from utils.files.checkpoint import load_checkpoint, load_weights
+from utils.files.compact import entropy_bound, same_bits, save_compact
+from utils.halo.parameters import prunable_weights
+from utils.halo.pruning import count_macs, dead_filters, overall_sparsity, savings, sparsity_per_layer
 from utils.logger import say
-from utils.parameters import prunable_weights
-from utils.pruning import count_macs, dead_filters, overall_sparsity, savings, sparsity_per_layer
 from utils.run import choose_device, refuse_existing, write_json
-from utils.training import evaluate
+from utils.training.data import load_dataset
+from utils.training.epoch import evaluate
+from utils.training.loading import make_loader, memory_format
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "mnist": 10}  # without reading the images
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from utils.native import load_native
-from utils.penalties import CHUNK, HALO, Penalty, gradient, is_dense, pieces
+from .native import load_native
+from .penalties import CHUNK, HALO, Penalty, gradient, is_dense, pieces
 
 OTHER_SGD = ("nesterov", "dampening", "maximize")  # options of SGD that the kernel does not have
 
@@ -50,8 +50,8 @@ class LambdaSGD(SGD):
 class FusedHALO(LambdaSGD):
     """`LambdaSGD` for HALO in one pass over memory, without a gradient of lam.
 
-    fp32 on CPU runs utils/halo_step.cpp, anything else `halo_step_` on pieces that stay in cache; benchmarks/ compares
-    them. The state is that of `LambdaSGD`, so each continues the checkpoint of the other.
+    fp32 on CPU runs halo_step.cpp, anything else `halo_step_` on pieces that stay in cache; benchmarks/ compares them.
+    The state is that of `LambdaSGD`, so each continues the checkpoint of the other.
 
     Args:
         penalty: its lam are stepped, its gradient is added to the weights; none of them may be frozen.

@@ -11,10 +11,10 @@ from statistics import mean
 
 from models import ARCHS, resolve_depth
 from utils import options
-from utils.data import datasets_of
+from utils.halo.pruning import SCHEMES
 from utils.options import OptionError
-from utils.pruning import SCHEMES
 from utils.run import read_json
+from utils.training.data import datasets_of
 
 KEYS = ("title", "options", "percent", "tune_seeds", "seeds", "methods", "controls")
 
@@ -176,7 +176,7 @@ def pruning_arguments(
     Args:
         training: the options of the run.
         percent: the fractions to remove.
-        scheme: what to remove; a key of utils.pruning.SCHEMES.
+        scheme: what to remove; a key of utils.halo.pruning.SCHEMES.
         images: "val" to measure on the held-out images, "test" on the test images.
         folder: where to write.
     """

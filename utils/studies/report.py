@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from utils import plots
-from utils.atomic import write_text
+from utils.files.atomic import write_text
 from utils.logger import write_csv
 from utils.run import read_json
-from utils.study import CONTROLS, Config, Study, choose, held_out_accuracy, on_edge, run_folder
+from utils.studies.study import CONTROLS, Config, Study, choose, held_out_accuracy, on_edge, run_folder
 
 
 def final_rows(study: Study, out: Path, *, scheme: str = "global") -> list[dict]:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from utils.experiment import FREE_ON_RESUME, train_or_evaluate
-from utils.prune_run import prune_and_evaluate
 from utils.run import read_json, write_json
-from utils.study import CONTROLS, Config, Study, choose, pruning_arguments, run_folder, training_arguments
-from utils.training import NonFiniteLossError
+from utils.stages.prune import prune_and_evaluate
+from utils.studies.study import CONTROLS, Config, Study, choose, pruning_arguments, run_folder, training_arguments
+from utils.training.epoch import NonFiniteLossError
+from utils.training.experiment import train_or_evaluate
+from utils.training.state import FREE_ON_RESUME
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def measure(
     Args:
         training: the options of the run.
         folder: where the numbers go.
-        percent, scheme, images: as in `utils.study.pruning_arguments`.
+        percent, scheme, images: as in `utils.studies.study.pruning_arguments`.
     """
     if is_measured(folder, percent):
         return

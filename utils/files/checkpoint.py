@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from models import guess_arch
-from utils.atomic import atomic_write
-from utils.compact import is_compact, load_compact
+from utils.files.atomic import atomic_write
+from utils.files.compact import is_compact, load_compact
 
 
 class CheckpointError(ValueError):

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from utils.halo.native import find_compiler
 from utils.logger import warn
-from utils.native import find_compiler
 
 CACHE = Path.home() / ".cache" / "halo" / "inductor"
 

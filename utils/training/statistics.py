@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from utils.penalties import Penalty
+from utils.halo.penalties import Penalty
 
 THRESHOLDS = ("1e-5", "1e-4", "1e-3", "1e-2")
 QUANTILES = (0, 5, 50, 95, 100)  # percent

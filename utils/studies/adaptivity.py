@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.checkpoint import load_checkpoint, load_weights
-from utils.experiment import FREE_ON_RESUME, Experiment, train_or_evaluate
-from utils.statistics import flatten, rank_correlation
-from utils.study_jobs import is_trained, measure
-from utils.training import NonFiniteLossError
+from utils.files.checkpoint import load_checkpoint, load_weights
+from utils.studies.jobs import is_trained, measure
+from utils.training.epoch import NonFiniteLossError
+from utils.training.experiment import Experiment, train_or_evaluate
+from utils.training.state import FREE_ON_RESUME
+from utils.training.statistics import flatten, rank_correlation
 
 LABELS = {
     "halo": "HALO",

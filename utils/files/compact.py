@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.atomic import atomic_write
+from utils.files.atomic import atomic_write
 
 FORMAT = "halo-compact-1"
 KEPT = ("epoch", "acc", "best_acc", "config", "pruning")  # of a checkpoint, beside its state_dict

@@ -1,6 +1,6 @@
 // One pass over memory: add HALO's gradient to that of the weights, and step lam by SGD with momentum; and, where
 // the weights' own momenta are given, step the weights too instead of writing their gradient back.
-// Compiled by utils/lambda_sgd.py, which states the formulas. The order of the operations, and where two are fused
+// Compiled by utils/halo/lambda_sgd.py, which states the formulas. The order of the operations, and where two are fused
 // (fmaf), are those of torch's own, so that the results are the same to the last bit where torch fuses alike.
 #include <cmath>
 #include <cstdint>

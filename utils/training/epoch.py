@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils.data import Batch
-from utils.lambda_sgd import LambdaSGD
-from utils.meters import Metrics
-from utils.penalties import Penalty
-from utils.precision import Precision
+from utils.halo.lambda_sgd import LambdaSGD
+from utils.halo.penalties import Penalty
+from utils.training.data import Batch
+from utils.training.meters import Metrics
+from utils.training.precision import Precision
 
 # Reading a loss makes the host wait for an accelerator, so there only every CHECK_EVERY-th batch is looked at.
 CHECK_EVERY = 50
@@ -39,7 +39,7 @@ def train_one_epoch(
 
     Args:
         model: the network, trained in place.
-        batches: images (N, *shape) and labels (N,) on the device, perhaps with a weight (`utils.data.Batch`).
+        batches: images (N, *shape) and labels (N,) on the device, perhaps with a weight (`utils.training.data.Batch`).
         penalty: its gradient is added to that of the weights after each backward pass, in fp32.
         optimizer: of the weights.
         lam_optimizer: of lam, if something is learned; it adds the penalty's gradient too.

@@ -11,15 +11,22 @@ from torch import nn
 
 from models import ARCHS, build_model
 from utils import plots
-from utils.atomic import write_text
-from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from utils.data import Dataset, load_dataset
-from utils.experiment import make_loader, memory_format
+from utils.files.atomic import write_text
+from utils.files.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from utils.halo.parameters import prunable_weights
+from utils.halo.pruning import (
+    SCHEMES,
+    LayerSparsity,
+    magnitude_threshold,
+    overall_sparsity,
+    savings,
+    sparsity_per_layer,
+)
 from utils.logger import say, warn, write_csv
-from utils.parameters import prunable_weights
-from utils.pruning import SCHEMES, LayerSparsity, magnitude_threshold, overall_sparsity, savings, sparsity_per_layer
 from utils.run import choose_device, refuse_existing, set_seed, write_json
-from utils.training import evaluate
+from utils.training.data import Dataset, load_dataset
+from utils.training.epoch import evaluate
+from utils.training.loading import make_loader, memory_format
 
 
 @torch.no_grad()

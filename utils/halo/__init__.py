@@ -1,0 +1,37 @@
+"""HALO (Hierarchical Adaptive Lasso, arXiv 2008.10183) on torch alone, for any training loop.
+
+May enter: the penalties, the step of lam, which tensors, exact pruning. May not: anything but torch and this folder.
+Installed, this folder is the package `halo`.
+"""
+
+from .lambda_sgd import FusedHALO, LambdaSGD
+from .parameters import penalized_parameters, prunable_weights
+from .penalties import HALO, L1, MCP, SWS, Penalty, make_penalty
+from .pruning import (
+    LayerSparsity,
+    prune_by_magnitude_,
+    prune_layerwise_,
+    prune_random_,
+    prune_shuffled_,
+    sparsity_per_layer,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "HALO",
+    "L1",
+    "MCP",
+    "SWS",
+    "FusedHALO",
+    "LambdaSGD",
+    "LayerSparsity",
+    "Penalty",
+    "make_penalty",
+    "penalized_parameters",
+    "prunable_weights",
+    "prune_by_magnitude_",
+    "prune_layerwise_",
+    "prune_random_",
+    "prune_shuffled_",
+    "sparsity_per_layer",
+]

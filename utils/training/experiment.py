@@ -1,0 +1,180 @@
+"""One training run, from its options to the files it leaves."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import ARCHS, build_model
+from utils.distributed import is_main, lost, main_first, process_group, processes, rank, replicate
+from utils.files.checkpoint import save_checkpoint
+from utils.halo.parameters import penalized_parameters
+from utils.halo.penalties import Penalty, make_penalty
+from utils.logger import epoch_line, say, warn
+from utils.options import OptionError
+from utils.run import choose_device, clear_run, describe, interrupt_later, prepare_folder, set_seed, write_json
+from utils.training import loading
+from utils.training.compiled import CompiledNetwork
+from utils.training.data import Dataset, load_dataset
+from utils.training.epoch import NonFiniteLossError
+from utils.training.optimizers import make_optimizers
+from utils.training.outputs import write_outputs
+from utils.training.precision import Precision
+from utils.training.row import run_epoch
+from utils.training.state import load_state, network_state, save_state, where_to_go_on
+
+
+class Experiment:
+    """A run that can be stopped and continued bit for bit.
+
+    What it is made of stands here; its state on disk in state.py, an epoch in row.py, the last files in outputs.py.
+
+    Args:
+        args: the options, after `options.resolve`.
+        data: the images.
+        model: the network, on the device.
+        penalty: the penalty on its parameters.
+        device: where to compute.
+        generator: of the data order and augmentation.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        data: Dataset,
+        model: nn.Module,
+        penalty: Penalty,
+        *,
+        device: torch.device,
+        generator: torch.Generator,
+    ) -> None:
+        self.args, self.data, self.model, self.penalty, self.device = args, data, model, penalty, device
+        self.generator = generator
+        self.folder = Path(args.save_dir)
+        self.history: list[dict] = []  # the rows of log.csv
+        self.held_out = "val" if args.val_split else "test"
+        loader = partial(loading.make_loader, data, device=device, arch=args.arch)
+        self.train_loader = loader("train", batch_size=args.train_batch, generator=generator)
+        self.held_out_loader = loader(self.held_out, batch_size=args.test_batch)
+        self.precision = Precision(device, args.amp)
+        self.forward = replicate(model, device)
+        if args.compile:
+            self.forward = CompiledNetwork(self.forward, batch_size=len(range(rank(), args.train_batch, processes())))
+        self.optimizers, self.schedulers = make_optimizers(model, penalty, args)
+
+    @property
+    def epoch(self) -> int:
+        """Number of finished epochs."""
+        return len(self.history)
+
+    @property
+    def best(self) -> dict | None:
+        """The row of the best epoch on the held-out images (the first of equals)."""
+        return max(self.history, key=lambda row: row[f"{self.held_out}_top1"], default=None)
+
+    def run_epoch(self) -> dict:
+        """Train and evaluate once; return the row for log.csv. Nothing is written."""
+        return run_epoch(self)
+
+    def run(self) -> dict:
+        """Train until `--epochs`: per epoch train, evaluate, log.csv, checkpoint; then the figures and summary.json.
+
+        Returns:
+            The content of summary.json.
+
+        Raises:
+            NonFiniteLossError: the loss is not finite; the last good checkpoint stays.
+            KeyboardInterrupt: Ctrl-C or a signal to end, with the command that continues.
+            ConnectionError: another process of a distributed run ended; with the command that continues.
+            ReplicasDifferError: lam is not the same in all processes.
+            OSError: a file cannot be written; the last one written stays.
+        """
+        late = [epoch for epoch in self.args.schedule if epoch >= self.args.epochs]
+        if late:
+            warn(f"no decay at --schedule {' '.join(map(str, late))}: the run has only --epochs {self.args.epochs}")
+        if self.epoch == 0:
+            if is_main():
+                save_checkpoint(self.folder / "init.pth.tar", network_state(self))
+            save_state(self)
+        while self.epoch < self.args.epochs:
+            self._advance()
+            say(epoch_line(self.history[-1], epochs=self.args.epochs))
+        return write_outputs(self)
+
+    def _advance(self) -> None:
+        """Finish one more epoch, or end with the command that continues."""
+        try:
+            row = self.run_epoch()
+            with interrupt_later():
+                self.history.append(row)
+                save_state(self)
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"epoch {self.epoch + 1}, {error}. {where_to_go_on(self)}") from error
+        except KeyboardInterrupt as error:
+            raise type(error)(f"stopped. {where_to_go_on(self)}") from error
+        except RuntimeError as error:
+            if processes() == 1:
+                raise
+            raise ConnectionError(f"rank {rank()}: {lost(error)}. {where_to_go_on(self)}") from error
+
+
+def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experiment] = Experiment) -> dict:
+    """Do what the options of a training script say: train, resume, or with --evaluate only evaluate.
+
+    Args:
+        args: the options, after `options.resolve`.
+        kind: makes the experiment from what `Experiment` takes; another one may change what an epoch does.
+
+    Returns:
+        The content of summary.json; with --evaluate, `loss`, `top1`, `top5` and `epoch`.
+
+    Raises:
+        OptionError: --train_batch has no image for one of the processes.
+    """
+    device = choose_device(args.device)
+    if args.train_batch < processes():
+        raise OptionError(f"--train_batch {args.train_batch} is shared by {processes()} processes: give at least that")
+    generator = set_seed(args.seed)
+    with process_group(device):
+        with main_first():
+            if is_main() and not args.evaluate:
+                prepare_folder(Path(args.save_dir), resume=args.resume, overwrite=args.overwrite)
+            data = load_dataset(args.dataset, args.data, shape=ARCHS[args.arch].shape, val_split=args.val_split)
+        model = build_model(args.arch, len(data.classes), args.depth)
+        model.to(device, memory_format=loading.memory_format(args.arch, device))
+        if not args.evaluate:
+            return train(args, data, model, device=device, generator=generator, kind=kind)
+        result = loading.evaluate_checkpoint(args.resume, model, data, device, args=args)
+        say(f"{args.resume}: test loss {result['loss']:.4f}  top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%")
+        return result
+
+
+def train(
+    args: argparse.Namespace,
+    data: Dataset,
+    model: nn.Module,
+    *,
+    device: torch.device,
+    generator: torch.Generator,
+    kind: Callable[..., Experiment] = Experiment,
+) -> dict:
+    """Train a network as the options say; see Experiment.
+
+    Returns:
+        The content of summary.json.
+    """
+    coefficients = {"xi": args.xi, "psi": args.psi, "lambda_init": args.lambda_init}
+    penalty = make_penalty(args.penalty, penalized_parameters(model, linear=ARCHS[args.arch].linear), **coefficients)
+    experiment = kind(args, data, model, penalty, device=device, generator=generator)
+    if args.resume:
+        load_state(experiment, args.resume)
+    elif is_main():
+        clear_run(experiment.folder)
+    if is_main():
+        write_json(experiment.folder / "config.json", describe(args, device))
+    return experiment.run()

@@ -1,0 +1,79 @@
+"""The files that a finished run leaves: network, arrays, figures, summary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils import plots
+from utils.distributed import is_main
+from utils.files.atomic import atomic_write
+from utils.files.checkpoint import save_checkpoint
+from utils.logger import say
+from utils.run import write_json
+from utils.training import loading
+from utils.training.state import network_state
+from utils.training.statistics import flatten
+
+if TYPE_CHECKING:
+    from utils.training.experiment import Experiment
+
+
+def write_outputs(run: Experiment) -> dict:
+    """Write final.pth.tar, the arrays, the figures and summary.json; return the summary."""
+    last, best, top1 = run.history[-1], run.best, f"{run.held_out}_top1"
+    summary = {
+        "arguments": vars(run.args),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "penalized_parameters": sum(w.numel() for w in run.penalty.penalized.values()),
+        "final": last,
+        "best": {"epoch": best["epoch"], top1: best[top1]},
+        "seconds": sum(row["seconds"] for row in run.history),
+    }
+    if not is_main():
+        return summary | test_best(run)
+    save_checkpoint(run.folder / "final.pth.tar", network_state(run))
+    weights, lambdas = write_arrays(run)
+    summary |= test_best(run)
+    result = f"{run.held_out} top-1 {last[top1]:.2f}% after {run.epoch} epochs"
+    draw(run, weights, lambdas, title=result)
+    write_json(run.folder / "summary.json", summary)
+    say(f"{result}; best {best[top1]:.2f}% (epoch {best['epoch']}); outputs in {run.folder}")
+    return summary
+
+
+def draw(run: Experiment, weights: np.ndarray, lambdas: np.ndarray, *, title: str) -> None:
+    """Draw curves.png and regularization.png."""
+    args, last = run.args, run.history[-1]
+    name = f"{args.dataset}, {args.arch}, penalty {args.penalty}, seed {args.seed}"
+    plots.plot_curves(run.history, run.folder / "curves.png", title=f"{title}\n{name}")
+    near = f"{100 * last['fraction_1e-3']:.1f}% of the penalised weights have |w| <= 1e-3"
+    correlation = last["rank_correlation"]
+    adaptive = f"; rank correlation of |lam| with |w|: {correlation:.2f}" if correlation != "" else ""
+    still = (args.xi, args.psi, args.reg_wd) if args.penalty == "halo" else None
+    path = run.folder / "regularization.png"
+    plots.plot_regularization(weights, lambdas, path, title=near + adaptive, still=still)
+
+
+def write_arrays(run: Experiment) -> tuple[np.ndarray, np.ndarray]:
+    """Write the arrays that the release writes; return the penalised weights and their lam as vectors."""
+    weights = flatten(run.penalty.penalized).numpy()
+    lambdas = flatten(run.penalty.lambdas).numpy() if run.penalty.lambdas else np.empty(0, np.float32)
+    arrays = {"conv_params": weights, "reg_params": lambdas}
+    for split, key in (("train", "train"), ("test", run.held_out)):
+        arrays[f"{split}_accs"] = np.array([row[f"{key}_top1"] for row in run.history])
+        arrays[f"{split}_losses"] = np.array([row[f"{key}_loss"] for row in run.history])
+    for name, array in arrays.items():
+        with atomic_write(run.folder / f"{name}.npy") as file:
+            np.save(file, array, allow_pickle=False)
+    return weights, lambdas
+
+
+def test_best(run: Experiment) -> dict:
+    """With held-out images, evaluate the best epoch's weights on the test images, once."""
+    if run.held_out == "test" or run.args.no_test:
+        return {}
+    path = run.folder / "model_best.pth.tar"
+    result = loading.evaluate_checkpoint(path, run.model, run.data, run.device, args=run.args)
+    return {"test_of_best": result}

@@ -1,0 +1,62 @@
+"""One epoch of a run and its row in log.csv."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from utils.distributed import average_buffers_
+from utils.logger import BatchBar
+from utils.training.epoch import evaluate, train_one_epoch
+from utils.training.statistics import near_zero, penalty_statistics
+
+if TYPE_CHECKING:
+    from utils.training.experiment import Experiment
+
+
+def run_epoch(run: Experiment) -> dict:
+    """Train and evaluate once; return the row for log.csv. Nothing is written."""
+    start, lrs = time.perf_counter(), [scheduler.get_last_lr()[0] for scheduler in run.schedulers]
+    bar = BatchBar(f"epoch {run.epoch + 1}/{run.args.epochs}", len(run.train_loader))
+
+    def show(done: int, metrics) -> None:
+        if bar.shown and metrics.count and done % 5 == 0:
+            so_far = metrics.means()
+            bar.update(done, f"loss {so_far['loss']:.3f}  top-1 {so_far['top1']:.1f}%")
+
+    try:
+        train = train_one_epoch(
+            run.model,
+            run.train_loader,
+            run.penalty,
+            *run.optimizers,
+            device=run.device,
+            forward=run.forward,
+            precision=run.precision,
+            on_batch=show,
+        )
+    finally:
+        bar.close()
+    average_buffers_(run.model)
+    training_seconds = time.perf_counter() - start
+    for scheduler in run.schedulers:
+        scheduler.step()
+    held_out = evaluate(run.model, run.held_out_loader, device=run.device)
+    with torch.no_grad():
+        penalty = run.penalty().item()
+    return {
+        "epoch": run.epoch + 1,
+        "lr": lrs[0],
+        "reg_lr": lrs[1] if len(lrs) > 1 else "",
+        "train_loss": train["loss"],
+        "train_loss_penalized": train["loss"] + penalty,
+        "train_top1": train["top1"],
+        "train_top5": train["top5"],
+        **{f"{run.held_out}_{key}": value for key, value in held_out.items()},
+        **near_zero(run.penalty.penalized),
+        **penalty_statistics(run.penalty),
+        "seconds": time.perf_counter() - start,
+        "images_per_second": len(run.data.train.labels) / training_seconds,
+    }

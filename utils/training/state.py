@@ -1,0 +1,120 @@
+"""The state of a run on disk: what its checkpoints hold, how they are written, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from utils.distributed import is_main, processes, require_equal
+from utils.files.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from utils.logger import write_csv
+
+if TYPE_CHECKING:
+    from utils.training.experiment import Experiment
+
+# Options that a resumed run may change: none of them alters what an epoch computes, beyond the order of sums.
+FREE_ON_RESUME = {"epochs", "data", "save_dir", "device", "test_batch", "overwrite", "resume", "evaluate", "compile"}
+
+
+def network_state(run: Experiment) -> dict:
+    """Return the part of a checkpoint that later stages need; its names are the release's, ours are added."""
+    key = f"{run.held_out}_top1"
+    return {
+        "epoch": run.epoch,
+        "state_dict": run.model.state_dict(),
+        "acc": run.history[-1][key] if run.history else None,
+        "best_acc": run.best[key] if run.history else None,
+        "config": vars(run.args) | {"num_classes": len(run.data.classes)},
+        "lambdas": {name: lam.detach() for name, lam in run.penalty.lambdas.items()},
+    }
+
+
+def run_state(run: Experiment) -> dict:
+    """Return all that a resumed run needs to go on as if it had never stopped."""
+    cuda = torch.cuda.get_rng_state_all() if run.device.type == "cuda" else []
+    return network_state(run) | {
+        "optimizer": run.optimizers[0].state_dict(),
+        "reg_optimizer": run.optimizers[1].state_dict() if len(run.optimizers) > 1 else None,
+        # without the milestones, which are no plain type and stand in the config
+        "schedulers": [{k: v for k, v in s.state_dict().items() if k != "milestones"} for s in run.schedulers],
+        "scaler": run.precision.scaler.state_dict(),
+        "history": run.history,
+        "rng": {"torch": torch.get_rng_state(), "data": run.generator.get_state(), "cuda": cuda},
+    }
+
+
+def load_state(run: Experiment, path: str | Path) -> None:
+    """Continue from a checkpoint.
+
+    Raises:
+        CheckpointError: the file is unusable, of another network, or of a run with other options.
+    """
+    state = load_checkpoint(path)
+    check_same_run(run, state, path)
+    load_weights(run.model, state["state_dict"], path=path)
+    with torch.no_grad():
+        for name, lam in run.penalty.lambdas.items():
+            lam.copy_(state["lambdas"][name])
+    saved = [state["optimizer"], state["reg_optimizer"]]
+    for optimizer, value in zip(run.optimizers, saved, strict=False):
+        optimizer.load_state_dict(value)
+    for scheduler, value in zip(run.schedulers, state["schedulers"], strict=True):
+        scheduler.load_state_dict(value)
+    run.precision.scaler.load_state_dict(state["scaler"])
+    run.history = state["history"]
+    torch.set_rng_state(state["rng"]["torch"])
+    run.generator.set_state(state["rng"]["data"])
+    if state["rng"]["cuda"] and run.device.type == "cuda":
+        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+
+
+def check_same_run(run: Experiment, state: dict, path: str | Path) -> None:
+    """Raise unless a checkpoint is one of this run that still has epochs to come.
+
+    Raises:
+        CheckpointError: it lacks something, is of other options, or has more epochs than asked for.
+    """
+    missing = [key for key in ("config", "optimizer", "schedulers", "scaler", "history", "rng") if key not in state]
+    if missing:
+        load_weights(run.model, state["state_dict"], path=path)  # another network is the better message
+        raise CheckpointError(f"{path} holds no {missing[0]!r} to continue with: resume from a checkpoint.pth.tar")
+    config, mine = state["config"], vars(run.args) | {"num_classes": len(run.data.classes)}
+    changed = [key for key in config if key not in FREE_ON_RESUME and config[key] != mine.get(key)]
+    if changed:
+        was = ", ".join(f"{key} {config[key]} (now {mine.get(key)})" for key in changed[:3])
+        raise CheckpointError(f"{path} is of another run: {was}; give the same options, or start a new run")
+    if state["epoch"] > run.args.epochs:
+        raise CheckpointError(f"{path} has {state['epoch']} epochs already: give --epochs {state['epoch']} or more")
+
+
+def save_state(run: Experiment) -> None:
+    """Write the best model, the checkpoint and the log, each atomically, after a look at the other processes.
+
+    The checkpoint is written after the best model: killed between the two, a resumed run repeats the epoch and
+    writes the same best model again. log.csv follows from the checkpoint's history.
+    """
+    require_equal(run.penalty.lambdas, "lam")
+    require_equal(run.model.state_dict(), "the network")
+    if not is_main():
+        return
+    if run.history and run.best is run.history[-1]:
+        save_checkpoint(run.folder / "model_best.pth.tar", network_state(run))
+    save_checkpoint(run.folder / "checkpoint.pth.tar", run_state(run))
+    write_csv(run.folder / "log.csv", run.history)
+
+
+def where_to_go_on(run: Experiment) -> str:
+    """Say which checkpoint a stopped run left, and the command that continues it."""
+    arguments = [a for a in sys.argv[1:] if a != "--overwrite" and not a.startswith("--resume=")]
+    if "--resume" in arguments:
+        position = arguments.index("--resume")
+        del arguments[position : position + 2]
+    checkpoint = run.folder / "checkpoint.pth.tar"
+    launcher = ["python"] if processes() == 1 else ["torchrun", "--nproc_per_node", str(processes())]
+    command = shlex.join([*launcher, sys.argv[0], *arguments, "--resume", str(checkpoint)])
+    epoch = f" ({run.epoch})" if processes() == 1 else ""  # rank 0 may have been lost while writing it
+    return f"{checkpoint} holds the last finished epoch{epoch}; continue with: {command}"
