@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from utils import options
+from utils.files.lock import folder_lock
 from utils.logger import say
 from utils.run import read_json, require_writable, run_script, write_json
 from utils.studies.jobs import Job, final_jobs, require_same_options, run_jobs, save_choice, tuning_jobs
@@ -131,14 +132,15 @@ def main(args: argparse.Namespace) -> dict:
     command = f"python reproduce.py {shlex.quote(args.study)}" + (
         f" --seeds {' '.join(map(str, args.seeds))}" if args.seeds else ""
     )
-    try:
-        run_phase(tuning_jobs(study, out, args.data), out, processes=processes)
-        save_choice(study, out)
-        run_phase(final_jobs(study, out, args.data), out, processes=processes)
-    except KeyboardInterrupt as error:
-        raise type(error)(f"stopped; the same command goes on, {out} holds what is done") from error
-    finally:
-        rows = write_report(study, out, command=command)
+    with folder_lock(out, remedy="choose another --out"):
+        try:
+            run_phase(tuning_jobs(study, out, args.data), out, processes=processes)
+            save_choice(study, out)
+            run_phase(final_jobs(study, out, args.data), out, processes=processes)
+        except KeyboardInterrupt as error:
+            raise type(error)(f"stopped; the same command goes on, {out} holds what is done") from error
+        finally:
+            rows = write_report(study, out, command=command)
     say(f"{duration(time.perf_counter() - start)}; {out}/table.md, table.csv, accuracy_vs_sparsity.png, pareto.png")
     return rows
 

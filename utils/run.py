@@ -21,6 +21,7 @@ import torch
 
 from utils.distributed import is_main, processes
 from utils.files.atomic import atomic_write, write_text
+from utils.files.lock import folder_lock
 from utils.options import OptionError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -130,26 +131,52 @@ def require_writable(folder: Path, *, make: bool) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / ".writable"):
             pass
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)
     except OSError as error:
         reason = getattr(error.__cause__ or error, "strerror", None) or error
         raise OSError(f"cannot write to the folder {folder} ({reason}): make it, or choose another folder") from error
 
 
 def prepare_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None:
-    """Make the folder of a run, and refuse one that holds another run.
+    """Refuse a folder that holds another run, and remove what killed processes left half-written in it.
 
     Raises:
-        ValueError: it holds a checkpoint that is not the one to resume, and `overwrite` is off.
+        ValueError: it holds a file of a run that is not the one to resume, and `overwrite` is off.
+    """
+    own = resume is not None and Path(resume).resolve().parent == folder.resolve()
+    there = [name for name in RUN_FILES if (folder / name).exists()]
+    if there and not own and not overwrite:
+        checkpoint = folder / "checkpoint.pth.tar"
+        go_on = f"continue it with --resume {checkpoint}, " if checkpoint.exists() else ""
+        raise ValueError(
+            f"{folder} holds another run or its files ({', '.join(there[:3])}): {go_on}"
+            "replace them with --overwrite, or choose another --save_dir"
+        )
+    for name in RUN_FILES:
+        for rest in folder.glob(f".{name}.*.tmp"):
+            rest.unlink(missing_ok=True)
+
+
+@contextmanager
+def run_folder(args: argparse.Namespace) -> Iterator[None]:
+    """Make the folder of a run and hold it for the length of the block; of several processes the first does.
+
+    Args:
+        args: with `save_dir`, `resume`, `overwrite` and `evaluate`, which needs no folder.
+
+    Raises:
+        LockedError: another process works in it.
+        ValueError: it holds another run.
         OSError: it cannot be made or written to.
     """
+    if not is_main() or args.evaluate:
+        yield
+        return
+    folder = Path(args.save_dir)
     require_writable(folder, make=True)
-    own = resume is not None and Path(resume).resolve().parent == folder.resolve()
-    if (folder / "checkpoint.pth.tar").exists() and not own and not overwrite:
-        raise ValueError(
-            f"{folder} holds another run: continue it with --resume {folder / 'checkpoint.pth.tar'}, "
-            "replace it with --overwrite, or choose another --save_dir"
-        )
+    with folder_lock(folder, remedy="choose another --save_dir"):
+        prepare_folder(folder, resume=args.resume, overwrite=args.overwrite)
+        yield
 
 
 def refuse_existing(paths: Iterable[Path], *, overwrite: bool, make_folder: bool = False) -> None:

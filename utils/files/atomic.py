@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         OSError: the file cannot be written; what `path` held before is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")  # nobody else's
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -164,6 +164,7 @@ def training_arguments(study: Study, config: Config, *, seed: int, folder: Path,
     args = parser.parse_args([*study.options, *config.flags, *own])
     checkpoint = folder / "run" / "checkpoint.pth.tar"
     args.resume = str(checkpoint) if checkpoint.exists() else None
+    args.overwrite = args.resume is None  # the numbers of a run whose network was deleted, which is trained again
     options.resolve(args, depth_of=resolve_depth)
     return args
 

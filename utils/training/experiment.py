@@ -17,7 +17,7 @@ from utils.halo.parameters import penalized_parameters
 from utils.halo.penalties import Penalty, make_penalty
 from utils.logger import epoch_line, say, warn
 from utils.options import OptionError
-from utils.run import choose_device, clear_run, describe, interrupt_later, prepare_folder, set_seed, write_json
+from utils.run import choose_device, clear_run, describe, interrupt_later, run_folder, set_seed, write_json
 from utils.training import loading
 from utils.training.compiled import CompiledNetwork
 from utils.training.data import Dataset, load_dataset
@@ -140,10 +140,8 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
     if args.train_batch < processes():
         raise OptionError(f"--train_batch {args.train_batch} is shared by {processes()} processes: give at least that")
     generator = set_seed(args.seed)
-    with process_group(device):
+    with process_group(device), run_folder(args):
         with main_first():
-            if is_main() and not args.evaluate:
-                prepare_folder(Path(args.save_dir), resume=args.resume, overwrite=args.overwrite)
             data = load_dataset(args.dataset, args.data, shape=ARCHS[args.arch].shape, val_split=args.val_split)
         model = build_model(args.arch, len(data.classes), args.depth)
         model.to(device, memory_format=loading.memory_format(args.arch, device))
