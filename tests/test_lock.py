@@ -21,10 +21,9 @@ def write_lock(folder, **changes):
 
 
 def test_a_second_holder_is_refused_and_the_folder_is_free_afterwards(tmp_path):
-    with folder_lock(tmp_path):
-        with pytest.raises(LockedError, match=rf"process {os.getpid()} on .* works in .*: wait for it, or"):
-            with folder_lock(tmp_path):
-                pass
+    says = rf"process {os.getpid()} on .* works in .*: wait for it, or"
+    with folder_lock(tmp_path), pytest.raises(LockedError, match=says), folder_lock(tmp_path):
+        pass
     assert list(tmp_path.iterdir()) == []
     with folder_lock(tmp_path):
         pass

@@ -151,9 +151,8 @@ def train_control(run: HaloRun, name: str, folder: Path, *, data: str, epochs: i
         changes = changes | {"epochs": epochs}
     checkpoint = folder / "checkpoint.pth.tar"
     resume = str(checkpoint) if checkpoint.exists() else None
-    args = argparse.Namespace(
-        **config | fixed | changes | {"save_dir": str(folder), "resume": resume, "overwrite": not resume}
-    )
+    place = {"save_dir": str(folder), "resume": resume, "overwrite": not resume}
+    args = argparse.Namespace(**config | fixed | changes | place)
     if not is_trained(folder):
         train_or_evaluate(args, kind=kind)
     return args
