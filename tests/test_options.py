@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT
@@ -14,6 +15,7 @@ import mnist.mnist
 import reproduce
 from models import resolve_depth
 from utils import options
+from utils.run import Terminated, run_script
 
 SCRIPTS = {
     "cifar.py": cifar,
@@ -100,3 +102,22 @@ def test_wrong_options_are_one_line_and_status_2(fails, tmp_path, line, words):
     status, message = fails(*shlex.split(line), "--save_dir", tmp_path / "run")
     assert status == 2 and words in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["", " ", "a\0b"])
+@pytest.mark.parametrize("option", ["--save_dir", "--data", "--resume"])
+def test_a_text_that_can_be_no_path_is_refused(option, text, fails):
+    status, line = fails(option, text)
+    assert status == 2 and option in line and "give one" in line
+
+
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_stop_during_start_up_says_so(stop, status, capsys, monkeypatch):
+    def main(args):
+        raise stop
+
+    monkeypatch.setattr(sys, "argv", ["cifar.py"])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main, options.Parser("Nothing."))
+    assert stopped.value.code == status
+    assert capsys.readouterr().err.strip().endswith(": interrupted")

@@ -165,6 +165,37 @@ def test_killed_with_all_its_workers_it_goes_on_where_it_was(tmp_path):
     assert all(p.stat().st_mtime_ns == time_ns for p, time_ns in finished.items())
 
 
+def test_workers_end_when_only_the_command_itself_is_killed(tmp_path):
+    options = STUDY["options"] | {"epochs": 10**6}
+    path, out = write_study(tmp_path, options=options), tmp_path / "out"
+    command = [sys.executable, str(ROOT / "reproduce.py"), str(path), "--out", str(out), "--jobs", "2"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_until(lambda: list(out.glob("*/*/seed1/run/log.csv")))
+    job.kill()
+    job.wait()
+
+    def nobody_left() -> bool:
+        try:
+            os.killpg(job.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    try:
+        wait_until(nobody_left)
+    finally:
+        if not nobody_left():
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+def wait_until(condition) -> None:
+    """Wait, on a busy machine too; a minute is far more than any of this takes."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_the_end_of_a_grid_is_seen(tmp_path):
     study = load_study(write_study(tmp_path))
     edges = {config.name: on_edge(study, config) for config in study.of_method("L1")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,6 +44,15 @@ class Parser(argparse.ArgumentParser):
         )
         # Before Python 3.14 argparse takes "-1e-8" for an option, and its error would not show the value.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Parse, and refuse a text that can be no path or name: an empty one would mean this folder."""
+        parsed = super().parse_args(args, namespace)
+        for name, value in vars(parsed).items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and (not text.strip() or "\0" in text):
+                    self.error(f"argument --{name}: {text!r} is no path or name; give one, or leave the option out")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""

@@ -60,7 +60,7 @@ def run_script(
             raise OptionError(f"{parser.prog} runs in one process: start it with python, not torchrun")
         main(args)
     except KeyboardInterrupt as error:
-        parser.exit(143 if isinstance(error, Terminated) else 130, f"\n{parser.prog}: {error or 'interrupted'}\n")
+        parser.exit(143 if isinstance(error, Terminated) else 130, f"\n{parser.prog}: {str(error) or 'interrupted'}\n")
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         wrong_options = isinstance(error, OptionError)  # the same in all processes: the first says it

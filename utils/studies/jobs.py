@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -154,9 +156,16 @@ def measure(
 
 
 def prepare_worker(threads: int) -> None:
-    """Set a worker process up: its share of the cores, and no Ctrl-C of its own."""
+    """Set a worker process up: its share of the cores, no Ctrl-C of its own, and an end when its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """End this process, at once, when the one that started it is gone: nobody would wait for its results."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def run_jobs(jobs: list[Job], *, processes: int) -> Iterator[tuple[Job, float]]:
