@@ -19,6 +19,7 @@ from utils import options
 from utils.files.lock import folder_lock
 from utils.logger import say
 from utils.run import read_json, require_writable, run_script, write_json
+from utils.studies.checks import check_numbers
 from utils.studies.jobs import Job, final_jobs, require_same_options, run_jobs, save_choice, tuning_jobs
 from utils.studies.report import write_report
 from utils.studies.study import Study, load_study, read_accuracies
@@ -122,6 +123,7 @@ def main(args: argparse.Namespace) -> dict:
     path = Path(args.study) if args.study.endswith(".json") else STUDIES / f"{args.study}.json"
     study = load_study(path)
     if args.seeds:
+        check_numbers("--seeds", args.seeds, low=0, high=2**64 - 1, whole=True)
         study = dataclasses.replace(study, seeds=tuple(args.seeds))
     out = Path(args.out or f"runs/studies/{study.name}")
     processes = args.jobs or os.cpu_count() or 1

@@ -234,3 +234,60 @@ def test_a_missing_study_says_where_to_look(fails_in, options):
 
 def test_every_study_here_can_be_read(capsys):
     assert set(run("--list")) == {"cifar100_resnet50", "cifar10_resnet20", "mnist_lenet300", "mnist_lenet5"}
+
+
+def grid(**values):
+    return {"methods": {"L1": {"penalty": "l1", "grid": values}}, "controls": []}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"methods": {"../../x": {"penalty": "none"}}, "controls": []}, "../../x"),
+        ({"methods": {"a/b": {"penalty": "none"}}, "controls": []}, "a/b"),
+        ({"methods": {"..": {"penalty": "none"}}, "controls": []}, "'..'"),
+        ({"methods": {}, "controls": []}, "at least one"),
+        ({"methods": {"none": {}}, "controls": []}, "penalty"),
+        ({"seeds": [1, 1]}, "twice"),
+        ({"seeds": []}, "'seeds'"),
+        ({"seeds": [1.5]}, "1.5"),
+        ({"seeds": [2**70]}, str(2**70)),
+        ({"tune_seeds": "1"}, "'tune_seeds'"),
+        ({"percent": [0.5, 1.5]}, "1.5"),
+        ({"percent": [float("nan")]}, "nan"),
+        ({"percent": ["0.5"]}, "0.5"),
+        ({"options": STUDY["options"] | {"save_dir": "elsewhere"}}, "save_dir"),
+        ({"options": STUDY["options"] | {"seed": 3}}, "seed"),
+        (grid(epochs=[1, 2]), "epochs"),
+        (grid(save_dir=[1]), "save_dir"),
+        (grid(xi=[1e-4, 1.0000000001e-4]), "twice"),
+        (grid(xi=[float("nan")]), "nan"),
+        (grid(xi=[float("inf")]), "inf"),
+        (grid(xi=["1e-4"]), "1e-4"),
+        (grid(xi=[]), "xi"),
+        (grid(xi=[True]), "True"),
+        (grid(xi=[k * 1e-6 for k in range(2000)], lambda_init=list(range(1, 2001))), "4000000"),
+        ({"controls": "HALO"}, "HALO"),
+        ({"title": 3}, "3"),
+    ],
+)
+def test_what_a_study_cannot_mean_is_refused_before_the_first_run(changes, says, tmp_path, fails_in):
+    path = write_study(tmp_path, **changes)
+    start = time.monotonic()
+    for dry in (["--dry_run"], []):
+        status, line = fails_in(reproduce, path, "--out", tmp_path / "out", *dry)
+        assert status == 1 and says in line and str(path) in line
+    assert not (tmp_path / "out").exists() and time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "{", "null"])
+def test_a_file_that_is_no_study_is_named(text, tmp_path, fails_in):
+    path = tmp_path / "small.json"
+    path.write_text(text)
+    status, line = fails_in(reproduce, path, "--dry_run")
+    assert status == 1 and str(path) in line
+
+
+def test_a_seed_that_is_given_twice_is_refused(tmp_path, fails_in):
+    status, line = fails_in(reproduce, write_study(tmp_path), "--seeds", 1, 1, "--dry_run")
+    assert status == 1 and "--seeds" in line and "twice" in line

@@ -14,6 +14,7 @@ from utils import options
 from utils.halo.pruning import SCHEMES
 from utils.options import OptionError
 from utils.run import read_json
+from utils.studies.checks import check_content
 from utils.training.data import datasets_of
 
 KEYS = ("title", "options", "percent", "tune_seeds", "seeds", "methods", "controls")
@@ -101,9 +102,12 @@ def load_study(path: str | Path) -> Study:
     path = Path(path)
     try:
         content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {type(content).__name__}, not an object with the keys {', '.join(KEYS)}")
         if set(content) != set(KEYS):
             wrong = sorted(set(content) ^ set(KEYS))[0]
             raise ValueError(f"{'unknown' if wrong in content else 'missing'} key {wrong!r}")
+        check_content(content)
         study = Study(
             name=path.stem,
             title=content["title"],
