@@ -9,10 +9,12 @@ from .parameters import penalized_parameters, prunable_weights
 from .penalties import HALO, L1, MCP, SWS, Penalty, make_penalty
 from .pruning import (
     LayerSparsity,
+    count_macs,
     prune_by_magnitude_,
     prune_layerwise_,
     prune_random_,
     prune_shuffled_,
+    savings,
     sparsity_per_layer,
 )
 
@@ -26,6 +28,7 @@ __all__ = [
     "LambdaSGD",
     "LayerSparsity",
     "Penalty",
+    "count_macs",
     "make_penalty",
     "penalized_parameters",
     "prunable_weights",
@@ -33,5 +36,6 @@ __all__ = [
     "prune_layerwise_",
     "prune_random_",
     "prune_shuffled_",
+    "savings",
     "sparsity_per_layer",
 ]

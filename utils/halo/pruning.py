@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .parameters import CONVOLUTIONS, LINEAR, TRANSPOSED, inner_model, plain_name
+
 
 class LayerSparsity(NamedTuple):
     """How many weights of one layer are left."""
@@ -154,52 +156,71 @@ class LayerMacs(NamedTuple):
     remaining: int
 
 
-@torch.no_grad()
-def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> list[LayerMacs]:
-    """Count the multiply-accumulate operations of every Conv2d and Linear layer for one image.
+def _uses(layer: nn.Module, inputs: dict[str, Tensor], output: Tensor) -> dict[str, list[tuple[Tensor, int]]]:
+    """Return the weights of a layer, each with how often one of its elements is used; keys extend the layer's name."""
+    if isinstance(layer, nn.MultiheadAttention):  # which reads its out_proj without calling it
+        q, k, v = (inputs[name].numel() // inputs[name].shape[-1] for name in ("query", "key", "value"))
+        separate = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+        weights = separate if layer.in_proj_weight is None else layer.in_proj_weight.chunk(3)
+        return {"": [*zip(weights, (q, k, v), strict=True)], ".out_proj": [(layer.out_proj.weight, q)]}
+    # The first dimension of a weight is its outputs, but the inputs of a transposed convolution.
+    x = inputs["input"] if isinstance(layer, TRANSPOSED) else output
+    return {"": [(layer.weight, x.numel() // layer.weight.shape[0])]}
 
-    Each weight is used once at each output position: dense MACs = weights * positions, remaining MACs =
-    non-zero weights * positions, with positions = output height * width for a convolution and 1 for a linear layer.
-    Biases, BatchNorm, activations and pooling are not counted.
+
+@torch.no_grad()
+def count_macs(model: nn.Module, shape: tuple[int, ...]) -> list[LayerMacs]:
+    """Count the multiply-accumulate operations of every convolution, Linear and attention layer for one image.
+
+    Each weight is used once at each position: dense MACs = weights * positions, remaining MACs = non-zero weights *
+    positions. The positions are those of the output for a convolution, those of the input for a transposed one, and
+    the tokens (1 without any) for Linear and for the projections of MultiheadAttention, whose input projections make
+    one entry and whose output projection another. Products of activations with each other (queries with keys,
+    attention with values), biases, normalisation, activations and pooling are not counted.
 
     Args:
-        model: the network.
-        shape: of one image: channels, height, width.
+        model: the network; its input is floating point.
+        shape: of one input, such as channels, height, width, or tokens, features.
 
     Returns:
-        One entry a layer, in the order in which they run.
+        One entry a layer and call, in the order in which they run.
     """
+    model = inner_model(model)
     counts: list[LayerMacs] = []
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: plain_name(name) for name, module in model.named_modules()}
 
-    def count(module: nn.Module, _, output: Tensor) -> None:
-        positions = output[0].numel() // module.weight.shape[0]
-        weight = module.weight
-        counts.append(LayerMacs(names[module], weight.numel() * positions, int(weight.count_nonzero()) * positions))
+    def count(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        order = ("query", "key", "value") if isinstance(layer, nn.MultiheadAttention) else ("input",)
+        for suffix, uses in _uses(layer, dict(zip(order, args, strict=False)) | kwargs, output).items():
+            dense = sum(w.numel() * times for w, times in uses)
+            remaining = sum(int(w.count_nonzero()) * times for w, times in uses)
+            counts.append(LayerMacs(names[layer] + suffix, dense, remaining))
 
-    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    was_training = model.training
+    of_attention = {module.out_proj for module in names if isinstance(module, nn.MultiheadAttention)}
+    layers = [module for module in names if isinstance(module, CONVOLUTIONS + LINEAR) and module not in of_attention]
+    hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
+    modes = {module: module.training for module in names}
     try:
-        model.eval()(torch.zeros(1, *shape, device=next(model.parameters()).device))
+        model.eval()(next(model.parameters()).new_zeros(1, *shape))
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
         for hook in hooks:
             hook.remove()
     return counts
 
 
 def dead_filters(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return for each layer how many of its outputs have no non-zero weight left."""
+    """Return for each layer how many of its outputs have no non-zero weight left (inputs, if it is transposed)."""
     return {name: int((w.detach().flatten(1).count_nonzero(1) == 0).sum()) for name, w in weights.items()}
 
 
-def savings(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, float]:
+def savings(model: nn.Module, shape: tuple[int, ...]) -> dict[str, float]:
     """Return what zeros save: parameters and multiply-accumulates, all and non-zero, and their ratios.
 
     Args:
         model: the network.
-        shape: of one image: channels, height, width.
+        shape: of one input; see `count_macs`.
 
     Returns:
         `parameters`, `parameters_nonzero`, `macs_dense`, `macs_nonzero`, `compression_ratio` (all parameters / non-zero
