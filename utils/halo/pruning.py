@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -184,6 +185,10 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> list[LayerMacs]:
 
     Returns:
         One entry a layer and call, in the order in which they run.
+
+    Warns:
+        UserWarning: layers were not called, so nothing is counted for them: they are not in use, or their weight is
+            read by another module.
     """
     model = inner_model(model)
     counts: list[LayerMacs] = []
@@ -196,8 +201,7 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> list[LayerMacs]:
             remaining = sum(int(w.count_nonzero()) * times for w, times in uses)
             counts.append(LayerMacs(names[layer] + suffix, dense, remaining))
 
-    of_attention = {module.out_proj for module in names if isinstance(module, nn.MultiheadAttention)}
-    layers = [module for module in names if isinstance(module, CONVOLUTIONS + LINEAR) and module not in of_attention]
+    layers = [module for module in names if isinstance(module, CONVOLUTIONS + LINEAR)]
     hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
     modes = {module: module.training for module in names}
     try:
@@ -207,6 +211,12 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> list[LayerMacs]:
             module.training = training
         for hook in hooks:
             hook.remove()
+    uncalled = {names[layer] for layer in layers} - {entry.name for entry in counts}
+    if uncalled:
+        listed = ", ".join(sorted(uncalled)[:3]) + (", ..." if len(uncalled) > 3 else "")
+        warnings.warn(
+            f"no operations were counted for {len(uncalled)} layers that were not called: {listed}", stacklevel=2
+        )
     return counts
 
 
