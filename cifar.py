@@ -11,8 +11,9 @@ import argparse
 
 from models import CIFAR_ARCHS, resolve_depth
 from utils import options
+from utils.files.preprocessing import RGB
 from utils.run import run_script
-from utils.training.data import RGB, datasets_of
+from utils.training.data import datasets_of
 from utils.training.experiment import train_or_evaluate
 
 
@@ -20,6 +21,7 @@ def get_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = options.Parser(__doc__)
     options.add_data(parser, datasets_of(RGB), default="cifar10")
+    options.add_images(parser)
     options.add_model(parser, CIFAR_ARCHS, default="vgg16_bn")
     options.add_penalty(parser)
     options.add_training(parser)

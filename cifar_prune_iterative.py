@@ -1,5 +1,6 @@
 """Prune a trained network by magnitude at one or more ratios, and evaluate it before and after.
 
+    python cifar_prune_iterative.py --percent 0.9 0.95 --resume MODEL    # data set and network stand in our files
     python cifar_prune_iterative.py -d cifar10 -a vgg16_bn --depth 16 --percent 0.95 --resume MODEL --save_dir DIR
 
 Leaves in --save_dir: pruned_<percent>.pth.tar for each ratio, prune.json, prune.txt (per layer), and
@@ -8,19 +9,20 @@ accuracy_vs_sparsity.csv and .png. A pruned file can be pruned again: ratios cou
 
 import argparse
 
-from models import CIFAR_ARCHS, resolve_depth
+from models import CIFAR_ARCHS
 from utils import options
+from utils.files.preprocessing import RGB
 from utils.halo.pruning import SCHEMES
 from utils.run import run_script
 from utils.stages.prune import prune_and_evaluate
-from utils.training.data import RGB, datasets_of
+from utils.training.data import datasets_of
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = options.Parser(__doc__)
-    options.add_data(parser, datasets_of(RGB), default="cifar10")
-    options.add_model(parser, CIFAR_ARCHS, default="vgg16_bn")
+    options.add_data(parser, datasets_of(RGB), recorded=True)
+    options.add_model(parser, CIFAR_ARCHS, recorded=True)
     options.add_prune(parser, SCHEMES)
     options.add_stage(parser)
     parser.add_argument("--resume", metavar="FILE", help="the checkpoint to prune")
@@ -37,7 +39,6 @@ def main(args: argparse.Namespace) -> dict:
     Returns:
         The content of prune.json.
     """
-    options.resolve_depth_option(args, resolve_depth)
     options.resolve_prune(args)
     return prune_and_evaluate(args)
 

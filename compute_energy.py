@@ -1,5 +1,6 @@
 """How many directions each layer's output uses: eigenvalue energy of its covariance (Figure 1c of the paper).
 
+    python compute_energy.py --checkpoint FILE --save OUT          # data set and network stand in our files
     python compute_energy.py -d cifar100 -a vgg16_bn --depth 16 --checkpoint FILE --save OUT
 
 Writes OUT.npz (eigenvalues by layer name, descending, of sum 1), OUT.json (how many of them reach 50/90/95/99%, and
@@ -12,22 +13,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models import ARCHS, build_model, resolve_depth
+from models import ARCHS
 from utils import options, plots
 from utils.files.atomic import atomic_write
-from utils.files.checkpoint import load_checkpoint, load_weights
 from utils.logger import say
-from utils.run import choose_device, refuse_existing, run_script, write_json
+from utils.run import refuse_existing, run_script, write_json
 from utils.stages.energy import POOLS, components, effective_rank, layer_energies, measured_layers
-from utils.training.data import DATASETS, Dataset, load_dataset
-from utils.training.loading import make_loader, memory_format
+from utils.stages.subject import Subject, load_subject
+from utils.training.data import DATASETS
+from utils.training.loading import make_loader
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = options.Parser(__doc__)
-    options.add_data(parser, DATASETS, default="cifar10")
-    options.add_model(parser, ARCHS, default="vgg16_bn")
+    options.add_data(parser, DATASETS, recorded=True)
+    options.add_model(parser, ARCHS, recorded=True)
     options.add_stage(parser)
     parser.add_argument("--checkpoint", metavar="FILE", nargs="+", required=True, help="one or more, to overlay")
     parser.add_argument("--labels", metavar="TEXT", nargs="+", help="names of the checkpoints (default: their paths)")
@@ -38,19 +39,32 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(path: str, args: argparse.Namespace, data: Dataset) -> dict[str, torch.Tensor]:
+def load_all(args: argparse.Namespace) -> list[Subject]:
+    """Load the checkpoints, and the images once.
+
+    Raises:
+        OptionError: they are of different networks, or of differently prepared images.
+    """
+    subjects: list[Subject] = []
+    for path in args.checkpoint:
+        subjects.append(load_subject(args, path, data=subjects[0].data if subjects else None))
+        if subjects[-1].preprocessing != subjects[0].preprocessing:
+            raise options.OptionError(
+                f"{path} was trained on images that were prepared in another way than those of {args.checkpoint[0]}: "
+                "measure one at a time"
+            )
+    return subjects
+
+
+def measure(subject: Subject, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Return the energies of one checkpoint by layer name."""
-    arch, device = ARCHS[args.arch], choose_device(args.device)
-    model = build_model(args.arch, len(data.classes), args.depth)
-    load_weights(model, load_checkpoint(path)["state_dict"], path=path)
-    model.to(device, memory_format=memory_format(args.arch, device))
-    layers = measured_layers(model, linear=arch.linear)
+    layers = measured_layers(subject.model, linear=subject.linear)
     unknown = [name for name in args.layers or [] if name not in layers]
     if unknown:
         raise options.OptionError(f"--layers {unknown[0]}: no such layer; choose from {', '.join(layers)}")
     chosen = {name: layers[name] for name in args.layers or layers}
-    loader = make_loader(data, args.split, device, arch=args.arch, batch_size=args.test_batch)
-    return layer_energies(model, chosen, loader, pool=args.pool)
+    loader = make_loader(subject.data, args.split, subject.device, arch=args.arch, batch_size=args.test_batch)
+    return layer_energies(subject.model, chosen, loader, pool=args.pool)
 
 
 def describe(energies: dict[str, torch.Tensor]) -> dict:
@@ -67,15 +81,14 @@ def main(args: argparse.Namespace) -> dict:
     Returns:
         The content of OUT.json.
     """
-    options.resolve_depth_option(args, resolve_depth)
     labels = args.labels or args.checkpoint
     if len(set(labels)) != len(args.checkpoint):
         raise options.OptionError("give as many different --labels as there are checkpoints")
     stem = Path(args.save).with_suffix("") if Path(args.save).suffix in (".npz", ".json", ".png") else Path(args.save)
     paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("npz", "json", "png")}
     refuse_existing(paths.values(), overwrite=args.overwrite)
-    data = load_dataset(args.dataset, args.data, shape=ARCHS[args.arch].shape)
-    energies = {label: measure(path, args, data) for label, path in zip(labels, args.checkpoint, strict=True)}
+    subjects = load_all(args)
+    energies = {label: measure(subject, args) for label, subject in zip(labels, subjects, strict=True)}
 
     alone = len(labels) == 1
     arrays = {n if alone else f"{label}/{n}": e.numpy() for label, es in energies.items() for n, e in es.items()}

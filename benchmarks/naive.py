@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils.training.data import DataLoader
-from torch.utils.training.data import Dataset as TorchDataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
 from utils.halo.penalties import HALO
-from utils.training.data import Dataset, Split
+from utils.training.dataset import Dataset, Split
 
 
 class PILImages(TorchDataset):

@@ -30,8 +30,8 @@ from utils.halo.lambda_sgd import FusedHALO, LambdaSGD
 from utils.halo.parameters import penalized_parameters
 from utils.halo.penalties import HALO, Penalty
 from utils.run import describe, run_script, write_json
+from utils.training.augment import Loader
 from utils.training.compiled import CompiledNetwork
-from utils.training.data import Loader
 from utils.training.epoch import train_one_epoch
 from utils.training.loading import memory_format
 from utils.training.precision import Precision

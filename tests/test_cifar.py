@@ -293,7 +293,9 @@ def test_a_terminal_sees_a_bar_and_a_pipe_does_not(tiny, tmp_path):
     os.close(inside)
     shown = os.read(terminal, 100_000).decode()
     assert process.returncode == 0 and "epoch 1/1 |" in shown and "ETA" in shown and "loss" in shown
-    assert "ETA" not in output and output.startswith("epoch 1/1  lr 0.1  train loss")
+    lines = output.splitlines()
+    assert "ETA" not in output and [line.split()[0] for line in lines[:3]] == ["data", "network", "compute"]
+    assert lines[3].startswith("epoch 1/1  lr 0.1  loss ")
 
 
 def test_kill_nine_at_ten_random_moments_loses_nothing(tiny, tmp_path):

@@ -9,7 +9,9 @@ from conftest import write_images
 from PIL import Image
 from torchvision.transforms import functional as reference
 
-from utils.training.data import Dataset, Loader, Split, crop, flip, load_dataset
+from utils.training.augment import Loader, crop, flip
+from utils.training.data import load_dataset
+from utils.training.dataset import Dataset, Split
 
 PADDING = 4
 

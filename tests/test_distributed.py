@@ -19,8 +19,8 @@ import mnist.mnist
 from utils import distributed
 from utils.files.checkpoint import load_checkpoint
 from utils.options import OptionError
-from utils.training import data
-from utils.training.data import Loader, Split
+from utils.training.augment import Loader
+from utils.training.dataset import Dataset, Split
 
 LENET = ["-d", "digits", "-a", "lenet_300_100", "--halo", "--xi", "1e-4", "--psi", "1e-4", "--lr", "0.05"]
 LENET += ["--schedule", "1", "--train_batch", "64"]  # 1437 images: the last batch has 29, which two cannot halve
@@ -150,7 +150,7 @@ def test_processes_compare_and_average(tmp_path):
 def test_shares_of_a_batch_make_up_the_batch(count):
     images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2).contiguous()
     split = Split(images, torch.arange(count))
-    whole = data.Dataset(split, split, ("a", "b"), (0.0,), (1.0,), padding=0, flip=False)
+    whole = Dataset(split, split, ("a", "b"), (0.0,), (1.0,), padding=0, flip=False)
 
     def batches(rank, processes):
         generator = torch.Generator().manual_seed(5)
@@ -170,7 +170,7 @@ def test_shares_of_a_batch_make_up_the_batch(count):
 
 def test_evaluation_shares_whole_batches_in_order():
     split = Split(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), torch.arange(10))
-    whole = data.Dataset(split, split, ("a", "b"), (0.0,), (1.0,), padding=0, flip=False)
+    whole = Dataset(split, split, ("a", "b"), (0.0,), (1.0,), padding=0, flip=False)
     shares = [[b.labels.tolist() for b in Loader(split, whole, batch_size=4, rank=r, processes=2)] for r in range(2)]
     assert shares == [[[0, 1, 2, 3], [8, 9]], [[4, 5, 6, 7]]]
 

@@ -173,7 +173,9 @@ def test_recalibrated_statistics_are_those_of_the_images(network, images, tmp_pa
     assert set(report["results"][0]["recalibrated"]) == {"loss", "top1", "top5"}
     plain, fresh = (load_checkpoint(tmp_path / f"pruned_0.5{s}.pth.tar") for s in ("", "_recalibrated"))
     assert torch.equal(plain["state_dict"]["conv1.weight"], fresh["state_dict"]["conv1.weight"])
-    from utils.training.data import Loader, Split, load_dataset
+    from utils.training.augment import Loader
+    from utils.training.data import load_dataset
+    from utils.training.dataset import Split
 
     data = load_dataset("folder", images)
     generator = torch.Generator().manual_seed(1)  # of --seed

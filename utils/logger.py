@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-
-from progress.bar import Bar
 
 from utils.distributed import is_main
 from utils.files.atomic import write_text
@@ -29,49 +29,131 @@ def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
 
 
 class BatchBar:
-    """A progress bar with ETA, loss and accuracy on a terminal; nothing elsewhere.
+    """A progress bar with loss and accuracy on a terminal, in one line whatever its width; nothing elsewhere.
+
+    The cursor stays at the start of the line: a terminal that is made narrower and breaks the line keeps it there, so
+    that the next update erases all of it.
 
     Args:
         title: shown in front, such as "epoch 3/160".
         batches: number of batches to come.
     """
 
+    shown_now: BatchBar | None = None  # what must go before a line is printed
+
     def __init__(self, title: str, batches: int) -> None:
         self.shown = sys.stderr.isatty() and is_main()
-        suffix = "%(index)d/%(max)d  ETA %(eta_td)s  %(numbers)s"
-        # The cursor stays: a killed process could not bring it back.
-        self.bar = Bar(title, max=batches, suffix=suffix, file=sys.stderr, hide_cursor=False, numbers="")
+        self.title, self.batches, self.due = title, batches, 0.0
 
-    def update(self, done: int, numbers: str) -> None:
-        """Show the number of batches done and a text such as "loss 1.2  top-1 55.0%"."""
-        self.bar.numbers = numbers
-        self.bar.goto(done)
+    def wants(self, done: int) -> bool:
+        """Tell whether to update now: ten times a second, and at the end."""
+        return self.shown and (done == self.batches or time.monotonic() >= self.due)
 
-    def close(self) -> None:
+    def update(self, done: int, numbers: Sequence[str]) -> None:
+        """Show the number of batches done and texts such as "loss 1.2", the most important first."""
+        self.due = time.monotonic() + 0.1
+        line = bar_line(self.title, done, self.batches, numbers, columns=terminal_columns() - 1)
+        BatchBar.shown_now = self
+        self._write(f"{line}\x1b[J\r")
+
+    def clear(self) -> None:
         """Clear the line."""
-        if self.shown:
-            self.bar.writeln("")
-            sys.stderr.write("\r")
+        if BatchBar.shown_now is self:
+            BatchBar.shown_now = None
+            self._write("\x1b[J")
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def terminal_columns() -> int:
+    """Return the width of the terminal behind standard error as it is now, 80 where it does not tell."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def bar_line(title: str, done: int, total: int, numbers: Sequence[str], *, columns: int) -> str:
+    """Return "title |###   | 3/9  ..." in at most so many columns; what does not fit is left out, never cut."""
+    parts = [f"{done}/{total}", *numbers]
+    while parts and len("  ".join([title, *parts])) > columns:
+        parts.pop()
+    text = "  ".join(parts)
+    room = min(columns - len(f"{title} || {text}"), 32)
+    if room < 4:
+        text = "  ".join([title, *parts])
+        return text if len(text) <= columns else ""
+    filled = room * done // total
+    return f"{title} |{'#' * filled}{' ' * (room - filled)}| {text}"
+
+
+def clock(seconds: float) -> str:
+    """Format a time to come as 0:05, 12:34 or 3:24:10."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def duration(seconds: float) -> str:
+    """Format a time that was taken or will be, such as "45 s", "12 min" or "3.4 h"."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
+
+
+def _clear_bar() -> None:
+    if BatchBar.shown_now:
+        BatchBar.shown_now.clear()
 
 
 def say(text: str) -> None:
     """Print one line of results on standard output, at once; of several processes only the first does."""
     if is_main():
+        _clear_bar()
         print(text, flush=True)
 
 
 def warn(text: str) -> None:
     """Print one line on standard error that the user should read; of several processes only the first does."""
     if is_main():
+        _clear_bar()
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def epoch_line(row: dict, *, epochs: int) -> str:
-    """Format one row of the log for the terminal."""
+def result_text(result: dict, *, classes: int | None) -> str:
+    """Format loss and accuracy; top-5 only where there are more than five classes, or where their number is unknown."""
+    top5 = f"  top-5 {result['top5']:.2f}%" if classes is None or classes > 5 else ""
+    return f"loss {result['loss']:.4f}  top-1 {result['top1']:.2f}%{top5}"
+
+
+LINE = 100  # columns of an epoch's line
+
+
+def epoch_line(row: dict, *, epochs: int, left: float) -> str:
+    """Format one row of the log for the terminal, in at most LINE columns: log.csv has all of it.
+
+    Args:
+        row: the row.
+        epochs: of the run.
+        left: seconds until the run will be done.
+    """
     held_out = "val" if "val_top1" in row else "test"
-    return (
-        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  lr {row['lr']:.3g}  "
-        f"train loss {row['train_loss']:.4f} (+ penalty {row['train_loss_penalized'] - row['train_loss']:.4g})  "
-        f"train top-1 {row['train_top1']:.2f}  {held_out} top-1 {row[f'{held_out}_top1']:.2f}  "
-        f"|w| <= 1e-3: {100 * row['fraction_1e-3']:.1f}%  {row['seconds']:.1f} s"
-    )
+    penalty = row["train_loss_penalized"] - row["train_loss"]
+    parts = [  # the text, and when it goes if there is no room: the highest first
+        (f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", 0),
+        (f"lr {row['lr']:.3g}", 3),
+        (f"loss {_short(row['train_loss'])}" + (f" + {penalty:.3g}" if penalty else ""), 2),
+        (f"top-1 {row['train_top1']:.2f}% train", 1),
+        (f"{row[f'{held_out}_top1']:.2f}% {held_out}", 0),
+        (f"|w| <= 1e-3: {100 * row['fraction_1e-3']:.1f}%", 4),
+        (f"{_short(row['seconds'], digits=1)} s", 6),
+        (f"ETA {clock(left)}", 5) if left > 0 else ("", 7),
+    ]
+    while len(text := "  ".join(part for part, _ in parts if part)) > LINE:
+        parts.remove(max(parts, key=lambda part: part[1]))
+    return text
+
+
+def _short(value: float, *, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.4g}"

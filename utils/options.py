@@ -91,18 +91,67 @@ def whole(low: int) -> Callable[[str], int]:
     return parse
 
 
-def add_data(parser: argparse.ArgumentParser, datasets: Iterable[str], *, default: str) -> None:
-    """Add the options that choose the images."""
+def _default_text(default: str | None, *, recorded: bool) -> str:
+    """Say what stands for an option that is None because the checkpoint tells it, all the time or when pruning."""
+    if not recorded:
+        return ""
+    return f" (default: {f'{default}, when pruning ' if default else ''}what the checkpoint records)"
+
+
+def architecture(names: Iterable[str], *, own: bool) -> Callable[[str], str]:
+    """Return an argparse type: one of some names, or with `own` also module:function."""
+    known = list(names)
+
+    def parse(text: str) -> str:
+        if text not in known and not (own and ":" in text):
+            also = ", or name a network of your own as module:function" if own else ""
+            raise argparse.ArgumentTypeError(f"no network {text!r}: choose from {', '.join(known)}{also}")
+        return text
+
+    return parse
+
+
+def add_data(
+    parser: argparse.ArgumentParser, datasets: Iterable[str], *, default: str | None = None, recorded: bool = False
+) -> None:
+    """Add the options that choose the images; with `recorded`, None stands for what the checkpoint records."""
     group = parser.add_argument_group("data")
-    group.add_argument("-d", "--dataset", choices=list(datasets), default=default, help="which images")
+    text = "which images" + _default_text(default, recorded=recorded)
+    value = None if recorded else default
+    group.add_argument("-d", "--dataset", choices=list(datasets), default=value, help=text)
     group.add_argument("--data", default="data", metavar="DIR", help="folder that holds the images")
     group.add_argument("--test_batch", type=whole(1), default=500, metavar="N", help="batch size of evaluation")
 
 
-def add_model(parser: argparse.ArgumentParser, archs: Iterable[str], *, default: str) -> None:
-    """Add the options that choose the network."""
-    group = parser.add_argument_group("network")
-    group.add_argument("-a", "--arch", choices=list(archs), default=default, help="architecture")
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Add the options of your own images, and of the augmentation."""
+    add = parser.add_argument_group("your own images (-d folder), and augmentation").add_argument
+    text = "height and width; the shorter side is resized, the centre cropped (default: 32)"
+    add("--image_size", type=whole(1), metavar="N", help=text)
+    text = "random crops after black borders of N pixels, 0 for none (default: 4, MNIST 0)"
+    add("--padding", type=whole(0), metavar="N", help=text)
+    add("--no_flip", action="store_true", help="show no mirror images: for writing, or whatever has a left and a right")
+
+
+# What the options of `add_images` are where a script lacks them, or where an older version has written the options.
+NO_IMAGE_OPTIONS = {"image_size": None, "padding": None, "no_flip": False}
+
+
+def add_model(
+    parser: argparse.ArgumentParser,
+    archs: Iterable[str],
+    *,
+    default: str | None = None,
+    own: bool = True,
+    recorded: bool = False,
+) -> None:
+    """Add the options that choose the network; with `recorded`, None stands for what the checkpoint records."""
+    group, names = parser.add_argument_group("network"), list(archs)
+    text = ", ".join(names) + (", or module:function for a network of your own" if own else "")
+    parse = architecture(names, own=own)
+    text += _default_text(default, recorded=recorded)
+    value = None if recorded else default
+    group.add_argument("-a", "--arch", type=parse, default=value, metavar="ARCH", help=text)
     group.add_argument("--depth", type=whole(1), help="depth of the network (default: what the arch implies)")
 
 
@@ -168,6 +217,10 @@ def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], i
         OptionError: an option does not go with the others.
     """
     resolve_depth_option(args, depth_of)
+    if args.dataset == "folder":
+        args.image_size = args.image_size or 32
+    elif args.image_size is not None:
+        raise OptionError(f"--image_size is for -d folder: the images of {args.dataset} have one size")
     coefficients = PENALTIES[args.penalty]
     learned = args.penalty in LEARNED
     for name in ("xi", "psi", "lambda_init"):
@@ -189,7 +242,7 @@ def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], i
     if args.evaluate and not args.resume:
         raise OptionError("--evaluate needs the checkpoint to evaluate: add --resume FILE")
     if args.save_dir is None:
-        args.save_dir = f"runs/{args.dataset}_{args.arch}_{args.penalty}_seed{args.seed}"
+        args.save_dir = f"runs/{args.dataset}_{args.arch.replace(':', '_')}_{args.penalty}_seed{args.seed}"
 
 
 def add_prune(parser: argparse.ArgumentParser, schemes: Iterable[str]) -> None:

@@ -20,13 +20,25 @@ from torch import Tensor
 from utils.files.atomic import atomic_write
 
 FORMAT = "halo-compact-1"
-KEPT = ("epoch", "acc", "best_acc", "config", "pruning")  # of a checkpoint, beside its state_dict
+KEPT = ("epoch", "acc", "best_acc", "config", "preprocessing", "class_names", "pruning")  # beside the state_dict
+
+_SIGN = {torch.float16: 1 << 15, torch.bfloat16: 1 << 15, torch.float32: 1 << 31, torch.float64: 1 << 63}  # -0.0
 
 
 def _words(tensor: Tensor) -> np.ndarray:
     """Return the elements as unsigned integers, so that -0.0 counts as non-zero and NaN survives."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().view(f"<u{tensor.element_size()}") if len(flat) else np.empty(0, "<u1")
+
+
+def without_negative_zeros(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """Return tensors whose -0.0 are 0.0, and how many of them there were.
+
+    A network computes the same with either, but a -0.0 is stored as the non-zero word that it is.
+    """
+    counts = [int((_words(t) == _SIGN[t.dtype]).sum()) if t.dtype in _SIGN else 0 for t in tensors.values()]
+    changed = {name: t + 0.0 if count else t for (name, t), count in zip(tensors.items(), counts, strict=True)}
+    return changed, sum(counts)
 
 
 def save_compact(path: str | Path, state: dict) -> None:

@@ -5,28 +5,23 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from torch import nn
-
-from models import ARCHS, build_model
 from utils import plots
-from utils.files.checkpoint import load_checkpoint, load_weights
-from utils.files.compact import entropy_bound, same_bits, save_compact
+from utils.files.checkpoint import load_checkpoint
+from utils.files.compact import entropy_bound, same_bits, save_compact, without_negative_zeros
 from utils.halo.parameters import prunable_weights
 from utils.halo.pruning import count_macs, dead_filters, overall_sparsity, savings, sparsity_per_layer
-from utils.logger import say
-from utils.run import choose_device, refuse_existing, write_json
-from utils.training.data import load_dataset
+from utils.logger import result_text, say
+from utils.run import refuse_existing, write_json
+from utils.stages.subject import Subject, load_subject
 from utils.training.epoch import evaluate
-from utils.training.loading import make_loader, memory_format
-
-NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "mnist": 10}  # without reading the images
+from utils.training.loading import make_loader
 
 
 def check(args: argparse.Namespace) -> dict:
     """Do what the options of check_params.py say.
 
     Args:
-        args: the options, `depth` resolved.
+        args: the options.
 
     Returns:
         The content of `--json`.
@@ -34,21 +29,18 @@ def check(args: argparse.Namespace) -> dict:
     Raises:
         ValueError, OSError: unusable checkpoint, images or output.
     """
-    device, arch = choose_device(args.device), ARCHS[args.arch]
     refuse_existing([Path(p) for p in (args.json, args.plot, args.compact) if p], overwrite=args.overwrite)
-    state = load_checkpoint(args.checkpoint)
-    data = None if args.no_data else load_dataset(args.dataset, args.data, shape=arch.shape)
-    classes = NUM_CLASSES.get(args.dataset, _classes_in(state)) if data is None else len(data.classes)
-    model = build_model(args.arch, classes, args.depth)
-    load_weights(model, state["state_dict"], path=args.checkpoint)
-    model.to(device, memory_format=memory_format(args.arch, device))
-    report = {"checkpoint": str(args.checkpoint), "stored_top1": state.get("acc"), **describe_sparsity(model, args)}
+    subject = load_subject(args, args.checkpoint, images=not args.no_data)
+    model, data, device = subject.model, subject.data, subject.device
+    report = {"checkpoint": str(args.checkpoint), "stored_top1": subject.state.get("acc")}
+    report |= {"dataset": args.dataset, "arch": args.arch, "depth": args.depth}
+    report |= describe_sparsity(subject, tau=args.tau)
     if data is not None:
         loader = make_loader(data, "test", device, arch=args.arch, batch_size=args.test_batch)
         report["test"] = evaluate(model, loader, device=device)
     if args.compact:
-        report["compact"] = write_compact(Path(args.compact), state, model, args)
-    print_report(report, tau=args.tau)
+        report["compact"] = write_compact(Path(args.compact), subject, args)
+    print_report(report, tau=args.tau, classes=len(data.classes) if data else None)
     if args.json:
         write_json(args.json, report)
     if args.plot:
@@ -57,22 +49,16 @@ def check(args: argparse.Namespace) -> dict:
     return report
 
 
-def _classes_in(state: dict) -> int:
-    """Return the number of classes of a checkpoint: the rows of its last matrix."""
-    matrices = [tensor for tensor in state["state_dict"].values() if tensor.dim() == 2]
-    return len(matrices[-1]) if matrices else 2
-
-
-def describe_sparsity(model: nn.Module, args: argparse.Namespace) -> dict:
-    """Count zeros, parameters and multiply-accumulate operations of a network."""
-    arch = ARCHS[args.arch]
-    weights = prunable_weights(model, linear=arch.linear)
+def describe_sparsity(subject: Subject, *, tau: float) -> dict:
+    """Count zeros, weights of magnitude up to tau, parameters and multiply-accumulate operations of a network."""
+    model, shape = subject.model, subject.preprocessing.shape
+    weights = prunable_weights(model, linear=subject.linear)
     layers = sparsity_per_layer(weights)
     dead = dead_filters(weights)
-    below = {name: int((w.detach().abs() <= args.tau).sum()) for name, w in weights.items()}
+    below = {name: int((w.detach().abs() <= tau).sum()) for name, w in weights.items()}
     total = sum(layer.total for layer in layers)
     return {
-        **savings(model, arch.shape),
+        **savings(model, shape),
         "prunable": total,
         "prunable_nonzero": sum(layer.remaining for layer in layers),
         "sparsity": overall_sparsity(layers),
@@ -87,21 +73,25 @@ def describe_sparsity(model: nn.Module, args: argparse.Namespace) -> dict:
             }
             for layer in layers
         ],
-        "macs": [m._asdict() for m in count_macs(model, arch.shape)],
+        "macs": [m._asdict() for m in count_macs(model, shape)],
     }
 
 
-def write_compact(path: Path, state: dict, model: nn.Module, args: argparse.Namespace) -> dict:
+def write_compact(path: Path, subject: Subject, args: argparse.Namespace) -> dict:
     """Write the compact file, read it back and compare it bit for bit.
+
+    Negative zeros, which other programs may leave, stay what they are unless --plain_zeros makes them zeros.
 
     Raises:
         ValueError: what was read back differs (the file is removed).
     """
+    plain, negative_zeros = without_negative_zeros(subject.state["state_dict"])
+    state = subject.state | ({"state_dict": plain} if args.plain_zeros else {})
     save_compact(path, state)
     if not same_bits(state["state_dict"], load_checkpoint(path)["state_dict"]):
         path.unlink()
         raise ValueError(f"{path} did not read back bit-equal and was removed: please report this")
-    bound = entropy_bound(prunable_weights(model, linear=ARCHS[args.arch].linear))
+    bound = entropy_bound(prunable_weights(subject.model, linear=subject.linear))
     dense = sum(tensor.numel() * tensor.element_size() for tensor in state["state_dict"].values())
     return {
         "file": str(path),
@@ -110,10 +100,12 @@ def write_compact(path: Path, state: dict, model: nn.Module, args: argparse.Name
         "dense_bytes": dense,
         "entropy_bound_bytes": bound,
         "ratio_to_bound": path.stat().st_size / bound,
+        "negative_zeros": negative_zeros,
+        "plain_zeros": args.plain_zeros,
     }
 
 
-def print_report(report: dict, *, tau: float) -> None:
+def print_report(report: dict, *, tau: float, classes: int | None) -> None:
     """Print the report as a table."""
     say(f"{'layer':<34}{'total':>10}{'non-zero':>10}{'sparsity':>10}{f'<= {tau:g}':>10}{'dead filters':>16}")
     for layer in report["layers"]:
@@ -133,10 +125,22 @@ def print_report(report: dict, *, tau: float) -> None:
         say(f"  the checkpoint has {c['checkpoint_bytes']} bytes, its tensors {c['dense_bytes']}")
         bound = f"{c['entropy_bound_bytes']:.0f} bytes"
         say(f"  N*H(p) + 32*nonzeros bits of the prunable weights: {bound}, {c['ratio_to_bound']:.3f} times that")
+        say(f"  {negative_zeros(c)}")
     stored = report["stored_top1"]
     said = "no accuracy" if stored is None else f"top-1 {float(stored):.2f}%"
     if "test" in report:
-        t = report["test"]
-        say(f"test loss {t['loss']:.4f}  top-1 {t['top1']:.2f}%  top-5 {t['top5']:.2f}%  (the file records {said})")
+        say(f"test {result_text(report['test'], classes=classes)}  (the file records {said})")
     else:
         say(f"not evaluated (--no_data); the file records {said}")
+
+
+def negative_zeros(compact: dict) -> str:
+    """Say how many negative zeros a network has, and what became of them in its compact file."""
+    count = compact["negative_zeros"]
+    if not count:
+        return "no negative zeros"
+    if compact["plain_zeros"]:
+        return f"{count} negative zeros were stored as zeros: the network computes the same"
+    return (
+        f"{count} negative zeros are kept bit for bit and cost as much as weights: --plain_zeros stores them as zeros"
+    )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from models import ARCHS, build_model
 from utils import plots
 from utils.files.atomic import write_text
-from utils.files.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from utils.files.checkpoint import save_checkpoint
 from utils.halo.parameters import prunable_weights
 from utils.halo.pruning import (
     SCHEMES,
@@ -22,11 +22,12 @@ from utils.halo.pruning import (
     savings,
     sparsity_per_layer,
 )
-from utils.logger import say, warn, write_csv
-from utils.run import choose_device, refuse_existing, set_seed, write_json
-from utils.training.data import Dataset, load_dataset
+from utils.logger import result_text, say, warn, write_csv
+from utils.run import refuse_existing, set_seed, write_json
+from utils.stages.subject import load_subject
+from utils.training.dataset import Dataset
 from utils.training.epoch import evaluate
-from utils.training.loading import make_loader, memory_format
+from utils.training.loading import make_loader
 
 
 @torch.no_grad()
@@ -78,11 +79,12 @@ def outputs(args: argparse.Namespace) -> dict[str, Path]:
     return {key: folder / name for key, name in names.items()}
 
 
-def prune_and_evaluate(args: argparse.Namespace) -> dict:
+def prune_and_evaluate(args: argparse.Namespace, *, dataset: str | None = None) -> dict:
     """Do what the options of a pruning script say.
 
     Args:
         args: the options, after `options.resolve_prune`.
+        dataset: of a checkpoint that does not record it, unless it was given.
 
     Returns:
         The content of prune.json.
@@ -90,18 +92,16 @@ def prune_and_evaluate(args: argparse.Namespace) -> dict:
     Raises:
         ValueError, OSError: unusable checkpoint, images or output folder.
     """
-    device = choose_device(args.device)
     set_seed(args.seed)
-    arch, paths = ARCHS[args.arch], outputs(args)
+    paths = outputs(args)
     refuse_existing(paths.values(), overwrite=args.overwrite, make_folder=True)
-    state = load_checkpoint(args.resume)
-    data = load_dataset(args.dataset, args.data, shape=arch.shape, val_split=args.val_split)
-    model = build_model(args.arch, len(data.classes), args.depth)
-    model.to(device, memory_format=memory_format(args.arch, device))
-    load_weights(model, state["state_dict"], path=args.resume)
+    state, model, data, device, linear, preprocessing = load_subject(
+        args, args.resume, val_split=args.val_split, dataset=dataset
+    )
+    numbers = partial(result_text, classes=len(data.classes))
     images = "val" if args.val_split else "test"
     loader = make_loader(data, images, device, arch=args.arch, batch_size=args.test_batch)
-    before, weights = evaluate(model, loader, device=device), prunable_weights(model, linear=arch.linear)
+    before, weights = evaluate(model, loader, device=device), prunable_weights(model, linear=linear)
     start = copy.deepcopy(model.state_dict())
     report = {
         "checkpoint": str(args.resume),
@@ -114,27 +114,23 @@ def prune_and_evaluate(args: argparse.Namespace) -> dict:
         "before": before | {"sparsity": overall_sparsity(sparsity_per_layer(weights))},
         "results": [],
     }
-    say(f"before: sparsity {report['before']['sparsity']:.4f}  {_numbers(before)}")
+    say(f"before: sparsity {report['before']['sparsity']:.4f}  {numbers(before)}")
     for percent in args.percent:
         model.load_state_dict(start)
-        result = _prune_once(args, model, percent, linear=arch.linear) | savings(model, arch.shape)
+        result = _prune_once(args, model, percent, linear=linear) | savings(model, preprocessing.shape)
         result["after"] = evaluate(model, loader, device=device)
-        say(f"pruned {percent:g}: sparsity {result['sparsity']:.4f}  {_numbers(result['after'])}")
+        say(f"pruned {percent:g}: sparsity {result['sparsity']:.4f}  {numbers(result['after'])}")
         _save(paths[f"{percent}"], state, model, args, result, accuracy=result["after"]["top1"])
         if args.recalibrate_bn:
             share = {"images": args.recalibrate_bn, "batch": args.test_batch}
             recalibrate_batch_norm(model, data, device, arch=args.arch, **share, seed=args.seed)
             result["recalibrated"] = evaluate(model, loader, device=device)
-            say(f"pruned {percent:g}, BatchNorm recalibrated: {_numbers(result['recalibrated'])}")
+            say(f"pruned {percent:g}, BatchNorm recalibrated: {numbers(result['recalibrated'])}")
             path = paths[f"{percent} recalibrated"]
             _save(path, state, model, args, result, accuracy=result["recalibrated"]["top1"])
         report["results"].append(result)
-    _write_report(paths, report)
+    _write_report(paths, report, classes=len(data.classes))
     return report
-
-
-def _numbers(result: dict) -> str:
-    return f"loss {result['loss']:.4f}  top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%"
 
 
 def _prune_once(args: argparse.Namespace, model: nn.Module, percent: float, *, linear: bool) -> dict:
@@ -161,22 +157,23 @@ def _save(
     path: Path, state: dict, model: nn.Module, args: argparse.Namespace, result: dict, *, accuracy: float
 ) -> None:
     pruning = {key: result[key] for key in ("asked", "removed", "sparsity", "threshold")}
-    kept = {key: state[key] for key in ("epoch", "best_acc", "config") if key in state}
+    kept = {key: state[key] for key in ("epoch", "best_acc", "config", "preprocessing", "class_names") if key in state}
     pruning |= {"scheme": args.scheme, "seed": args.seed, "checkpoint": str(args.resume)}
     save_checkpoint(path, kept | {"state_dict": model.state_dict(), "acc": accuracy, "pruning": pruning})
 
 
-def _table(report: dict) -> str:
+def _table(report: dict, *, classes: int) -> str:
     """Format prune.json for reading."""
+    numbers = partial(result_text, classes=classes)
     lines = [f"{report['checkpoint']}: {report['scheme']} pruning of {report['arch']} on {report['dataset']}"]
     before = report["before"]
-    lines.append(f"before            sparsity {before['sparsity']:.4f}  {_numbers(before)}")
+    lines.append(f"before            sparsity {before['sparsity']:.4f}  {numbers(before)}")
     for result in report["results"]:
         lines.append("")
-        lines.append(f"pruned {result['asked']:<10g} sparsity {result['sparsity']:.4f}  {_numbers(result['after'])}")
+        lines.append(f"pruned {result['asked']:<10g} sparsity {result['sparsity']:.4f}  {numbers(result['after'])}")
         lines.append(f"{result['removed']} weights removed, the largest of magnitude {result['threshold']:.6g}")
         if "recalibrated" in result:
-            lines.append(f"with BatchNorm recalibrated: {_numbers(result['recalibrated'])}")
+            lines.append(f"with BatchNorm recalibrated: {numbers(result['recalibrated'])}")
         lines.append(f"{'layer':<34}{'total':>10}{'remaining':>11}{'sparsity':>10}")
         for layer in result["layers"]:
             mark = "  EMPTY" if layer["remaining"] == 0 else ""
@@ -185,7 +182,7 @@ def _table(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write_report(paths: dict[str, Path], report: dict) -> None:
+def _write_report(paths: dict[str, Path], report: dict, *, classes: int) -> None:
     rows = [{"asked": "", **report["before"]}]
     rows += [{"asked": r["asked"], **r["after"], "sparsity": r["sparsity"]} for r in report["results"]]
     for row, result in zip(rows[1:], report["results"], strict=True):
@@ -194,10 +191,11 @@ def _write_report(paths: dict[str, Path], report: dict) -> None:
     if any("top1_recalibrated" in row for row in rows):
         rows[0]["top1_recalibrated"] = ""
     write_json(paths["json"], report)
-    write_text(paths["txt"], _table(report))
+    write_text(paths["txt"], _table(report, classes=classes))
     write_csv(paths["csv"], rows)
     best = max(rows[1:], key=lambda row: row["sparsity"])
     title = f"top-1 {rows[0]['top1']:.2f}% dense, {best['top1']:.2f}% at sparsity {best['sparsity']:.3f}\n"
     title += f"{report['dataset']}, {report['arch']}, {report['scheme']} pruning"
     plots.plot_accuracy_vs_sparsity(rows, paths["png"], title=title)
-    say(f"wrote {paths['txt']}, {paths['csv']}, {paths['png']}")
+    names = [path.name for path in sorted(paths.values(), key=lambda path: not path.name.startswith("pruned_"))]
+    say(f"wrote in {paths['json'].parent}: {', '.join(names)}")

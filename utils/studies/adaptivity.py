@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils import options
 from utils.files.checkpoint import load_checkpoint, load_weights
 from utils.studies.jobs import is_trained, measure
 from utils.training.epoch import NonFiniteLossError
@@ -143,6 +144,7 @@ def train_control(run: HaloRun, name: str, folder: Path, *, data: str, epochs: i
         epochs: of those that go on from the end of the run.
     """
     config = {key: value for key, value in run.state["config"].items() if key != "num_classes"}
+    config = options.NO_IMAGE_OPTIONS | config  # an older version has none of them
     fixed = {"data": data, "no_test": True, "evaluate": False, "overwrite": False, "resume": None}
     if name == "halo":
         return argparse.Namespace(**config | fixed | {"save_dir": str(run.folder)})

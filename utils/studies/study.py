@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from models import ARCHS, resolve_depth
+from models import ARCHS, find_arch, resolve_depth
 from utils import options
 from utils.halo.pruning import SCHEMES
 from utils.options import OptionError
@@ -141,15 +141,16 @@ class _Parser(options.Parser):
 
 def _shape(study: Study) -> tuple[int, int, int]:
     arch = study.options[study.options.index("--arch") + 1] if "--arch" in study.options else None
-    if arch not in ARCHS:
+    if arch is None:
         raise OptionError(f"'options' needs an arch: choose from {', '.join(ARCHS)}")
-    return ARCHS[arch].shape
+    return find_arch(arch).shape
 
 
 def _parser(study: Study) -> options.Parser:
     shape = _shape(study)
     parser = _Parser(None)
     options.add_data(parser, datasets_of(shape), default=datasets_of(shape)[0])
+    options.add_images(parser)
     options.add_model(parser, [name for name, arch in ARCHS.items() if arch.shape == shape], default=None)
     return parser
 

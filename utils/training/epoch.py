@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from utils.halo.lambda_sgd import LambdaSGD
 from utils.halo.penalties import Penalty
-from utils.training.data import Batch
+from utils.training.dataset import Batch
 from utils.training.meters import Metrics
 from utils.training.precision import Precision
 
@@ -39,7 +39,7 @@ def train_one_epoch(
 
     Args:
         model: the network, trained in place.
-        batches: images (N, *shape) and labels (N,) on the device, perhaps with a weight (`utils.training.data.Batch`).
+        batches: images (N, *shape) and labels (N,) on the device, perhaps with a weight (`Batch`).
         penalty: its gradient is added to that of the weights after each backward pass, in fp32.
         optimizer: of the weights.
         lam_optimizer: of lam, if something is learned; it adds the penalty's gradient too.

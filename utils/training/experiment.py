@@ -10,23 +10,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import ARCHS, build_model
+from models import build_model, check_own_network, takes_linear
 from utils.distributed import is_main, lost, main_first, process_group, processes, rank, replicate
-from utils.files.checkpoint import save_checkpoint
+from utils.files.checkpoint import load_checkpoint, save_checkpoint
+from utils.files.record import read_record
 from utils.halo.parameters import penalized_parameters
 from utils.halo.penalties import Penalty, make_penalty
-from utils.logger import epoch_line, say, warn
+from utils.logger import epoch_line, result_text, say, warn
 from utils.options import OptionError
 from utils.run import choose_device, clear_run, describe, interrupt_later, run_folder, set_seed, write_json
 from utils.training import loading
+from utils.training.announce import data_line, opening_lines
 from utils.training.compiled import CompiledNetwork
-from utils.training.data import Dataset, load_dataset
+from utils.training.dataset import Dataset
 from utils.training.epoch import NonFiniteLossError
 from utils.training.optimizers import make_optimizers
 from utils.training.outputs import write_outputs
 from utils.training.precision import Precision
-from utils.training.row import run_epoch
-from utils.training.state import load_state, network_state, save_state, where_to_go_on
+from utils.training.row import run_epoch, seconds_an_epoch
+from utils.training.state import describe_images, load_state, network_state, save_state, where_to_go_on
 
 
 class Experiment:
@@ -103,7 +105,8 @@ class Experiment:
             save_state(self)
         while self.epoch < self.args.epochs:
             self._advance()
-            say(epoch_line(self.history[-1], epochs=self.args.epochs))
+            left = (self.args.epochs - self.epoch) * seconds_an_epoch(self)
+            say(epoch_line(self.history[-1], epochs=self.args.epochs, left=left))
         return write_outputs(self)
 
     def _advance(self) -> None:
@@ -142,13 +145,16 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
     generator = set_seed(args.seed)
     with process_group(device), run_folder(args):
         with main_first():
-            data = load_dataset(args.dataset, args.data, shape=ARCHS[args.arch].shape, val_split=args.val_split)
+            state = load_checkpoint(args.resume) if args.resume else None
+            data = loading.load_images(args, read_record(state, args.resume) if state else None)
+        say(data_line(args, data))
         model = build_model(args.arch, len(data.classes), args.depth)
+        check_own_network(args.arch, model, data.shape, len(data.classes))
         model.to(device, memory_format=loading.memory_format(args.arch, device))
         if not args.evaluate:
-            return train(args, data, model, device=device, generator=generator, kind=kind)
+            return train(args, data, model, state, device=device, generator=generator, kind=kind)
         result = loading.evaluate_checkpoint(args.resume, model, data, device, args=args)
-        say(f"{args.resume}: test loss {result['loss']:.4f}  top-1 {result['top1']:.2f}%  top-5 {result['top5']:.2f}%")
+        say(f"{args.resume}: test {result_text(result, classes=len(data.classes))}")
         return result
 
 
@@ -156,23 +162,28 @@ def train(
     args: argparse.Namespace,
     data: Dataset,
     model: nn.Module,
+    state: dict | None = None,
     *,
     device: torch.device,
     generator: torch.Generator,
     kind: Callable[..., Experiment] = Experiment,
 ) -> dict:
-    """Train a network as the options say; see Experiment.
+    """Train a network as the options say, from the start or from the state of a checkpoint; see Experiment.
 
     Returns:
         The content of summary.json.
     """
     coefficients = {"xi": args.xi, "psi": args.psi, "lambda_init": args.lambda_init}
-    penalty = make_penalty(args.penalty, penalized_parameters(model, linear=ARCHS[args.arch].linear), **coefficients)
+    penalty = make_penalty(
+        args.penalty, penalized_parameters(model, linear=takes_linear(args.arch, model)), **coefficients
+    )
     experiment = kind(args, data, model, penalty, device=device, generator=generator)
-    if args.resume:
-        load_state(experiment, args.resume)
+    for line in opening_lines(experiment):
+        say(line)
+    if state is not None:
+        load_state(experiment, state, args.resume)
     elif is_main():
         clear_run(experiment.folder)
     if is_main():
-        write_json(experiment.folder / "config.json", describe(args, device))
+        write_json(experiment.folder / "config.json", describe(args, device) | describe_images(data))
     return experiment.run()

@@ -8,11 +8,54 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import ARCHS
+from models import check_image_size, find_arch
 from utils.distributed import processes, rank
 from utils.files.checkpoint import load_checkpoint, load_weights
-from utils.training.data import Dataset, Loader, Split
+from utils.files.preprocessing import OLDER_FOLDER
+from utils.files.record import Record
+from utils.options import OptionError
+from utils.training.augment import Loader
+from utils.training.data import load_dataset
+from utils.training.dataset import Dataset, Split
 from utils.training.epoch import evaluate
+
+
+def load_images(args: argparse.Namespace, record: Record | None) -> Dataset:
+    """Load the images of a training script's options.
+
+    Args:
+        args: the options, after `options.resolve`.
+        record: of the checkpoint that the run goes on from; its preprocessing stays that of the run.
+
+    Raises:
+        ValueError: unusable images.
+        OptionError: an option contradicts the others, or the checkpoint.
+    """
+    shape, size = find_arch(args.arch).shape, args.image_size
+    augmentation = {"padding": args.padding, "flip": not args.no_flip}
+    preprocessing = record.preprocessing if record and record.dataset == args.dataset else None
+    if size and preprocessing and size not in preprocessing.shape[1:]:
+        raise OptionError(f"--image_size {size} contradicts {args.resume}, which has {preprocessing.shape[1]}")
+    if args.dataset == "folder" and not preprocessing:
+        if size is None:  # as options say that an older version has written
+            preprocessing = OLDER_FOLDER
+        else:
+            shape = (shape[0], size, size)
+            require_size(args.arch, size)
+    options = {"shape": shape, "val_split": args.val_split, "preprocessing": preprocessing}
+    return load_dataset(args.dataset, args.data, **options, **augmentation)
+
+
+def require_size(arch: str, size: int) -> None:
+    """Make sure that an architecture takes images of a size.
+
+    Raises:
+        OptionError: it does not; with those that it takes.
+    """
+    try:
+        check_image_size(arch, size)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
 
 
 def make_loader(
@@ -47,7 +90,7 @@ def make_loader(
 def memory_format(arch: str, device: torch.device) -> torch.memory_format:
     """Return the layout of images and convolutions in which this architecture is fastest on this device."""
     on_cpu = device.type == "cpu"  # nothing else was measured
-    return torch.channels_last if on_cpu and ARCHS[arch].channels_last else torch.contiguous_format
+    return torch.channels_last if on_cpu and find_arch(arch).channels_last else torch.contiguous_format
 
 
 def evaluate_checkpoint(

@@ -13,6 +13,7 @@ from utils.files.checkpoint import save_checkpoint
 from utils.logger import say
 from utils.run import write_json
 from utils.training import loading
+from utils.training.announce import next_command
 from utils.training.state import network_state
 from utils.training.statistics import flatten
 
@@ -39,7 +40,8 @@ def write_outputs(run: Experiment) -> dict:
     result = f"{run.held_out} top-1 {last[top1]:.2f}% after {run.epoch} epochs"
     draw(run, weights, lambdas, title=result)
     write_json(run.folder / "summary.json", summary)
-    say(f"{result}; best {best[top1]:.2f}% (epoch {best['epoch']}); outputs in {run.folder}")
+    say(f"{result}; best {best[top1]:.2f}% (epoch {best['epoch']})")
+    say(f"outputs in {run.folder}; next, prune: {next_command(run.args, run.folder / 'final.pth.tar')}")
     return summary
 
 

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import time
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
 
 from utils.distributed import average_buffers_
-from utils.logger import BatchBar
+from utils.logger import BatchBar, clock
 from utils.training.epoch import evaluate, train_one_epoch
+from utils.training.meters import Metrics
 from utils.training.statistics import near_zero, penalty_statistics
 
 if TYPE_CHECKING:
     from utils.training.experiment import Experiment
+
+
+def seconds_an_epoch(run: Experiment) -> float | None:
+    """Return how long an epoch takes, evaluation included: the median of the last five; None before the first."""
+    return median(row["seconds"] for row in run.history[-5:]) if run.history else None
+
+
+def time_left(run: Experiment, elapsed: float, done: int) -> tuple[float, float]:
+    """Return the seconds until the epoch and the whole run will be done.
+
+    Args:
+        run: the run.
+        elapsed: seconds since the epoch began.
+        done: batches done in it, at least 1.
+    """
+    whole = elapsed / done * len(run.train_loader)
+    later = run.args.epochs - run.epoch - 1
+    return whole - elapsed, whole - elapsed + later * (seconds_an_epoch(run) or whole)
 
 
 def run_epoch(run: Experiment) -> dict:
@@ -21,10 +41,12 @@ def run_epoch(run: Experiment) -> dict:
     start, lrs = time.perf_counter(), [scheduler.get_last_lr()[0] for scheduler in run.schedulers]
     bar = BatchBar(f"epoch {run.epoch + 1}/{run.args.epochs}", len(run.train_loader))
 
-    def show(done: int, metrics) -> None:
-        if bar.shown and metrics.count and done % 5 == 0:
+    def show(done: int, metrics: Metrics) -> None:
+        if metrics.count and bar.wants(done):
+            epoch, whole = time_left(run, time.perf_counter() - start, done)
             so_far = metrics.means()
-            bar.update(done, f"loss {so_far['loss']:.3f}  top-1 {so_far['top1']:.1f}%")
+            times = f"ETA {clock(epoch)}" + (f", run {clock(whole)}" if run.args.epochs > 1 else "")
+            bar.update(done, [times, f"loss {so_far['loss']:.3f}", f"top-1 {so_far['top1']:.1f}%"])
 
     try:
         train = train_one_epoch(
@@ -38,7 +60,7 @@ def run_epoch(run: Experiment) -> dict:
             on_batch=show,
         )
     finally:
-        bar.close()
+        bar.clear()
     average_buffers_(run.model)
     training_seconds = time.perf_counter() - start
     for scheduler in run.schedulers:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from utils.distributed import is_main, processes, require_equal
-from utils.files.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from utils.files.checkpoint import CheckpointError, load_weights, save_checkpoint
 from utils.logger import write_csv
 
 if TYPE_CHECKING:
+    from utils.training.dataset import Dataset
     from utils.training.experiment import Experiment
 
 # Options that a resumed run may change: none of them alters what an epoch computes, beyond the order of sums.
@@ -29,8 +30,14 @@ def network_state(run: Experiment) -> dict:
         "acc": run.history[-1][key] if run.history else None,
         "best_acc": run.best[key] if run.history else None,
         "config": vars(run.args) | {"num_classes": len(run.data.classes)},
+        **describe_images(run.data),
         "lambdas": {name: lam.detach() for name, lam in run.penalty.lambdas.items()},
     }
+
+
+def describe_images(data: Dataset) -> dict:
+    """Return what files say of the images, so that the accuracy can be repeated anywhere."""
+    return {"preprocessing": data.preprocessing.record(), "class_names": list(data.classes)}
 
 
 def run_state(run: Experiment) -> dict:
@@ -47,13 +54,17 @@ def run_state(run: Experiment) -> dict:
     }
 
 
-def load_state(run: Experiment, path: str | Path) -> None:
+def load_state(run: Experiment, state: dict, path: str | Path) -> None:
     """Continue from a checkpoint.
 
+    Args:
+        run: the run, freshly made.
+        state: the checkpoint.
+        path: where it came from, for the messages.
+
     Raises:
-        CheckpointError: the file is unusable, of another network, or of a run with other options.
+        CheckpointError: it is of another network, or of a run with other options.
     """
-    state = load_checkpoint(path)
     check_same_run(run, state, path)
     load_weights(run.model, state["state_dict"], path=path)
     with torch.no_grad():

@@ -1,0 +1,87 @@
+"""Networks that are not of this project, named as module:function."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+SIZES_TO_TRY = (8, 16, 24, 28, 32, 40, 48, 64, 96, 128, 160, 192, 224, 256)
+
+
+def import_network(name: str, *, here: bool) -> Callable[..., nn.Module]:
+    """Return the callable that `module:function` names.
+
+    Args:
+        name: with a colon.
+        here: also look into the current directory.
+
+    Raises:
+        ValueError: there is none, or importing it failed.
+    """
+    module, _, function = name.partition(":")
+    if here and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing installed is hidden
+    try:
+        if not module or module.partition(".")[0] in sys.stdlib_module_names:
+            raise ImportError(f"{module!r} holds no networks")
+        found = getattr(importlib.import_module(module), function)
+        if not (inspect.isfunction(found) or inspect.isclass(found)):
+            raise ImportError(f"{function!r} is no function or class")
+    except Exception as error:  # whatever the user's module raises
+        path = "the Python path or in the current directory" if here else "the Python path"
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"-a {name}: no such network on {path} ({reason}); give module:function") from error
+    return found
+
+
+def build_network(name: str, function: Callable[..., nn.Module], num_classes: int) -> nn.Module:
+    """Call a function that makes a network.
+
+    Raises:
+        ValueError: it fails, or returns something else.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    by_name = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
+    try:
+        model = function(num_classes=num_classes) if by_name else function(num_classes)
+    except Exception as error:  # whatever the user's function raises
+        raise ValueError(f"-a {name} failed with {num_classes} classes ({type(error).__name__}: {error})") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"-a {name} returned {type(model).__name__}: it must return a torch.nn.Module")
+    return model
+
+
+def check_network(name: str, model: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Run a network of your own once, on two black images, so that a wrong one is noticed before the training.
+
+    Raises:
+        ValueError: it cannot take such images (with the sizes that it can take), or returns no logits.
+    """
+    found = _output_of(model, shape)
+    if isinstance(found, Tensor) and found.shape == (2, num_classes):
+        return
+    got = tuple(found.shape) if isinstance(found, Tensor) else found
+    size = "x".join(map(str, shape))
+    works = [str(n) for n in SIZES_TO_TRY if isinstance(_output_of(model, (shape[0], n, n)), Tensor)]
+    if isinstance(found, Tensor) or not works:
+        raise ValueError(f"-a {name} must map two {size} images to logits (2, {num_classes}): it gives {got}")
+    raise ValueError(f"-a {name} cannot take {size} images ({got}): of the sizes tried it takes {', '.join(works)}")
+
+
+def _output_of(model: nn.Module, shape: tuple[int, int, int]) -> object:
+    """Return what a network makes of two black images, or a text that says why it cannot."""
+    training = model.training
+    try:
+        with torch.inference_mode():
+            output = model.eval()(torch.zeros(2, *shape))
+        return output if isinstance(output, Tensor) else type(output).__name__
+    except Exception as error:  # whatever the user's network raises
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    finally:
+        model.train(training)

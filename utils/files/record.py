@@ -1,0 +1,124 @@
+"""What a checkpoint says of itself: data set, network, classes, preprocessing; and the options that follow from it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from models import ARCHS, find_arch, guess_arch, resolve_depth
+from utils.files.checkpoint import CheckpointError
+from utils.files.preprocessing import Preprocessing, unrecorded
+from utils.options import OptionError, resolve_depth_option
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a file of ours states about the network it holds.
+
+    Attributes:
+        dataset, arch, depth, num_classes: as the options of its training had them.
+        preprocessing: of its images; in files of older versions what they used.
+        class_names: in the order of the outputs; None in files of older versions.
+        padding, flip: of the augmentation; None and True where the data set decides.
+    """
+
+    dataset: str
+    arch: str
+    depth: int | None
+    num_classes: int
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    padding: int | None
+    flip: bool
+
+    @property
+    def network(self) -> str:
+        """The options that name the network."""
+        return f"-a {self.arch}" + (f" --depth {self.depth}" if self.depth else "")
+
+
+def read_record(state: Mapping, path: str | Path) -> Record | None:
+    """Return what a checkpoint records; None for a file of the authors, or of anybody else.
+
+    Raises:
+        CheckpointError: it records something that cannot be.
+    """
+    config = state.get("config")
+    if not isinstance(config, Mapping) or not {"dataset", "arch", "num_classes"} <= set(config):
+        return None
+    try:
+        dataset, arch, depth, count = config["dataset"], config["arch"], config.get("depth"), config["num_classes"]
+        if not (isinstance(dataset, str) and isinstance(arch, str) and (arch in ARCHS or ":" in arch)):
+            raise ValueError(f"data set {dataset!r}, network {arch!r}")
+        if not isinstance(count, int) or count < 2 or not isinstance(depth, (int, type(None))):
+            raise ValueError(f"{count!r} classes, depth {depth!r}")
+        names = state.get("class_names")
+        if names is not None and (not isinstance(names, (list, tuple)) or len(names) != count):
+            raise ValueError(f"'class_names' are not the names of {count} classes")
+        if state.get("preprocessing") is not None:
+            preprocessing = Preprocessing.of_record(state["preprocessing"])
+        else:
+            preprocessing = unrecorded(dataset, ARCHS[arch].shape[0] if arch in ARCHS else 3)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} records what cannot be ({error}): use another copy") from error
+    names = None if names is None else tuple(map(str, names))
+    augmentation = config.get("padding"), not config.get("no_flip", False)
+    return Record(dataset, arch, depth, count, preprocessing, names, *augmentation)
+
+
+def same_network(one: str, other: str) -> bool:
+    """Tell whether two names are of one architecture."""
+    return one == other or (one in ARCHS and ARCHS[one] is ARCHS.get(other))
+
+
+def take_from_file(args: argparse.Namespace, state: Mapping, path: str | Path, *, dataset: str | None = None) -> None:
+    """Fill the options that name data set and network with what a checkpoint records, in place.
+
+    Args:
+        args: `dataset`, `arch` and `depth`, None where they were not given.
+        state: the checkpoint.
+        path: where it came from, for the messages.
+        dataset: of a file that records none, unless it was given.
+
+    Raises:
+        OptionError: a given option contradicts the file, or the file records nothing and an option is missing.
+        CheckpointError: the file records what cannot be.
+    """
+    record = read_record(state, path)
+    if record is None:
+        args.dataset = args.dataset or dataset
+        missing = [f"{flag}" for flag, value in (("-d", args.dataset), ("-a", args.arch)) if value is None]
+        if missing:
+            guess = guess_arch(state["state_dict"])
+            fits = f"its weights fit {guess}" if guess else "its weights fit no network here"
+            raise OptionError(f"{path} does not record data set and network: give {' and '.join(missing)}; {fits}")
+    else:
+        _take_record(args, record, path)
+    resolve_depth_option(args, resolve_depth)
+
+
+def _take_record(args: argparse.Namespace, record: Record, path: str | Path) -> None:
+    if args.dataset is not None and args.dataset != record.dataset:
+        raise OptionError(f"-d {args.dataset} contradicts {path}, which records -d {record.dataset}: leave it out")
+    other = args.arch is not None and not same_network(args.arch, record.arch)
+    if other or args.depth not in (None, record.depth):
+        given = " ".join([f"-a {args.arch}"] * (args.arch is not None) + [f"--depth {args.depth}"] * bool(args.depth))
+        raise OptionError(f"{given} contradicts {path}, which records {record.network}: leave it out")
+    if args.arch is None:
+        require_known(record, path)
+    args.dataset, args.arch, args.depth = record.dataset, args.arch or record.arch, record.depth
+
+
+def require_known(record: Record, path: str | Path) -> None:
+    """Make sure that the network of a file can be built without looking for its code beside the file.
+
+    Raises:
+        OptionError: it is a network of the user's own that is not on the Python path.
+    """
+    try:
+        find_arch(record.arch, here=False)
+    except ValueError as error:
+        remedy = f"its code runs if you name it, -a {record.arch}"
+        raise OptionError(f"{path} holds a network of your own that is not on the Python path: {remedy}") from error

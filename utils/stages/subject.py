@@ -1,0 +1,92 @@
+"""What a stage works on: the network of a checkpoint, on the device, and its images."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from models import build_model, find_arch, takes_linear
+from utils.files.checkpoint import load_checkpoint, load_weights
+from utils.files.preprocessing import Preprocessing, unrecorded
+from utils.files.record import Record, read_record, take_from_file
+from utils.run import choose_device
+from utils.training.data import load_dataset
+from utils.training.dataset import Dataset
+from utils.training.loading import memory_format
+
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "mnist": 10}  # without reading the images
+
+
+class Subject(NamedTuple):
+    """A trained network and its images.
+
+    Attributes:
+        state: the checkpoint.
+        model: its network, on the device, in the layout that is fastest there.
+        data: the images; None where none were asked for.
+        device: where the network is.
+        linear: whether Linear layers are pruned too.
+        preprocessing: of the images, as the file says, or as was usual where it does not.
+    """
+
+    state: dict
+    model: nn.Module
+    data: Dataset | None
+    device: torch.device
+    linear: bool
+    preprocessing: Preprocessing
+
+
+def load_subject(
+    args: argparse.Namespace,
+    path: str,
+    *,
+    val_split: int = 0,
+    images: bool = True,
+    data: Dataset | None = None,
+    dataset: str | None = None,
+) -> Subject:
+    """Load what a stage works on; fill `dataset`, `arch` and `depth` of the options from the file, in place.
+
+    Args:
+        args: the options of the stage.
+        path: the checkpoint.
+        val_split: training images to hold out.
+        images: whether to load them.
+        data: the images, where they are loaded already.
+        dataset: of a file that does not record it, unless it was given.
+
+    Raises:
+        ValueError, OSError: unusable checkpoint or images.
+        OptionError: the options contradict the file, or it lacks what they do not say.
+    """
+    device, state = choose_device(args.device), load_checkpoint(path)
+    take_from_file(args, state, path, dataset=dataset)
+    record = read_record(state, path)
+    if images and data is None:
+        data = _images(args, record, val_split=val_split)
+    classes = len(data.classes) if data else record.num_classes if record else _classes(args.dataset, state)
+    model = build_model(args.arch, classes, args.depth)
+    load_weights(model, state["state_dict"], path=path)
+    model.to(device, memory_format=memory_format(args.arch, device))
+    used = record.preprocessing if record else data.preprocessing if data else None
+    used = used or unrecorded(args.dataset, find_arch(args.arch).shape[0])
+    return Subject(state, model, data, device, takes_linear(args.arch, model), used)
+
+
+def _images(args: argparse.Namespace, record: Record | None, *, val_split: int) -> Dataset:
+    """Load the images as the network was trained on them, as far as its file says."""
+    recorded = {}
+    if record:
+        recorded = {"preprocessing": record.preprocessing, "padding": record.padding, "flip": record.flip}
+    shape = find_arch(args.arch).shape
+    return load_dataset(args.dataset, args.data, shape=shape, val_split=val_split, **recorded)
+
+
+def _classes(dataset: str, state: dict) -> int:
+    """Return the number of classes of a file that does not record it: the data set's, else the last matrix's rows."""
+    matrices = [tensor for tensor in state["state_dict"].values() if tensor.dim() == 2]
+    return NUM_CLASSES.get(dataset) or (len(matrices[-1]) if matrices else 2)
