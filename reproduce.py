@@ -17,12 +17,13 @@ from pathlib import Path
 
 from utils import options
 from utils.files.lock import folder_lock
-from utils.logger import say
-from utils.run import read_json, require_writable, run_script, write_json
+from utils.logger import duration, say
+from utils.run import require_writable, run_script
 from utils.studies.checks import check_numbers
 from utils.studies.jobs import Job, final_jobs, require_same_options, run_jobs, save_choice, tuning_jobs
+from utils.studies.progress import Progress, committed_seconds, to_come
 from utils.studies.report import write_report
-from utils.studies.study import Study, load_study, read_accuracies
+from utils.studies.study import Study, load_study
 
 STUDIES = Path(__file__).resolve().parent / "results" / "studies"
 
@@ -48,65 +49,30 @@ def list_studies() -> dict:
     return titles
 
 
-def duration(seconds: float) -> str:
-    """Format seconds for reading."""
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
-
-
-class Progress:
-    """Counts what is done of a phase and estimates the rest: training takes the time, pruning hardly any.
-
-    Args:
-        jobs: of the phase.
-        out: folder of the outputs, which keeps the seconds of earlier runs.
-        processes: runs at a time.
-    """
-
-    def __init__(self, jobs: list[Job], out: Path, *, processes: int) -> None:
-        self.jobs, self.path, self.processes = jobs, out / "seconds.json", processes
-        self.left = [job for job in jobs if not job.done]
-        self.untrained = {job for job in self.left if not (job.folder / "run" / "final.pth.tar").exists()}
-        self.seconds: dict[str, float] = read_json(self.path) or {}
-
-    def estimate(self) -> str:
-        """Say how long the runs to train will take, going by the mean of those that were trained here."""
-        if not self.seconds:
-            return "unknown time (no run is finished yet)"
-        each = sum(self.seconds.values()) / len(self.seconds)
-        return f"about {duration(len(self.untrained) * each / self.processes)}"
-
-    def add(self, job: Job, seconds: float, number: int) -> None:
-        """Record a finished job and say so."""
-        if job in self.untrained:
-            self.untrained.remove(job)
-            self.seconds[str(job)] = seconds
-            write_json(self.path, self.seconds)
-        accuracies = read_accuracies(job.measurement("global") / "prune.json")
-        text = ", ".join(f"{ratio:g}: {value:.2f}" for ratio, value in accuracies.items()) or "diverged"
-        left = len(self.left) - number
-        say(f"[{len(self.jobs) - left}/{len(self.jobs)}] {job}: {text}; {seconds:.0f} s; {self.estimate()} left")
-
-
-def run_phase(jobs: list[Job], out: Path, *, processes: int) -> None:
+def run_phase(jobs: list[Job], out: Path, *, processes: int, guess: float | None) -> None:
     """Run what is not done of some jobs, once it is clear that what is done belongs to them."""
     for job in jobs:
         require_same_options(job)
-    progress = Progress(jobs, out, processes=processes)
+    progress = Progress(jobs, out, processes=processes, guess=guess)
     for number, (job, seconds) in enumerate(run_jobs(progress.left, processes=processes), start=1):
         progress.add(job, seconds, number)
 
 
 def dry_run(study: Study, out: Path, data: str, *, processes: int) -> dict:
     """Say what would run; return the numbers of runs."""
-    tuning = Progress(tuning_jobs(study, out, data), out, processes=processes)
+    guess = committed_seconds(study)
+    tuning = Progress(tuning_jobs(study, out, data), out, processes=processes, guess=guess)
     say(f"{study.name}: {study.title}")
-    say(f"tuning: {len(tuning.jobs)} runs, {len(tuning.left)} to do, {tuning.estimate()}")
-    final = Progress(final_jobs(study, out, data), out, processes=processes)
-    most = len(study.methods) * len(study.percent) * len(study.seeds)
+    count = f"{len(tuning.jobs)} runs, {len(tuning.left)} to do, {len(tuning.untrained)} to train"
+    say(f"tuning: {count}, {tuning.estimate()}")
+    final = Progress(final_jobs(study, out, data), out, processes=processes, guess=guess)
     if tuning.left:
-        say(f"then at most {most} runs of the chosen coefficients, fewer where ratios share them")
+        fewest, most = to_come(study, out)
+        count = f"{fewest} to {most}" if fewest < most else f"{most}"
+        say(f"then {count} more to train, with the chosen coefficients")
     else:
-        say(f"chosen: {len(final.jobs)} runs, {len(final.left)} to do, {final.estimate()}")
+        count = f"{len(final.jobs)} runs, {len(final.left)} to do, {len(final.untrained)} to train"
+        say(f"chosen: {count}, {final.estimate()}")
     return {"tuning": len(tuning.left), "final": None if tuning.left else len(final.left)}
 
 
@@ -134,11 +100,12 @@ def main(args: argparse.Namespace) -> dict:
     command = f"python reproduce.py {shlex.quote(args.study)}" + (
         f" --seeds {' '.join(map(str, args.seeds))}" if args.seeds else ""
     )
+    guess = committed_seconds(study)
     with folder_lock(out, remedy="choose another --out"):
         try:
-            run_phase(tuning_jobs(study, out, args.data), out, processes=processes)
+            run_phase(tuning_jobs(study, out, args.data), out, processes=processes, guess=guess)
             save_choice(study, out)
-            run_phase(final_jobs(study, out, args.data), out, processes=processes)
+            run_phase(final_jobs(study, out, args.data), out, processes=processes, guess=guess)
         except KeyboardInterrupt as error:
             raise type(error)(f"stopped; the same command goes on, {out} holds what is done") from error
         finally:

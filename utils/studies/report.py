@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 from utils import plots
 from utils.files.atomic import write_text
-from utils.logger import write_csv
+from utils.logger import duration, write_csv
 from utils.run import read_json
 from utils.studies.study import CONTROLS, Config, Study, choose, held_out_accuracy, on_edge, run_folder
 
@@ -120,7 +120,7 @@ def _tuning(study: Study, found: dict[str, dict[str, dict[float, float]]]) -> li
 def _training_time(out: Path) -> str:
     """Say how many runs were trained, and how long that took in total."""
     seconds = [read_json(path)["seconds"] for path in out.glob("*/*/seed*/run/summary.json")]
-    return f"{len(seconds)} runs were trained, in {sum(seconds) / 3600:.1f} h taken together, evaluation included."
+    return f"{len(seconds)} runs were trained, in {duration(sum(seconds))} taken together, evaluation included."
 
 
 def write_report(study: Study, out: Path, *, command: str) -> dict:
