@@ -5,7 +5,7 @@ RUN := $(BIN)/python
 DEMO := runs/demo
 DIGITS := -d digits -a resnet --depth 20
 TRAIN := $(RUN) cifar.py $(DIGITS) --wd 0 --epochs 14 --schedule 9 12 --overwrite
-PRUNE := $(RUN) cifar_prune_iterative.py $(DIGITS) --percent 0.5 0.75 0.9 0.95 --overwrite
+PRUNE := $(RUN) cifar_prune_iterative.py --percent 0.5 0.75 0.9 0.95 --overwrite
 
 .PHONY: demo test bench clean
 
@@ -15,18 +15,16 @@ demo: .venv/installed
 	$(TRAIN) --halo --xi 2e-3 --psi 2e-3 --save_dir $(DEMO)/halo
 	$(PRUNE) --resume $(DEMO)/none/final.pth.tar --save_dir $(DEMO)/none/pruned
 	$(PRUNE) --resume $(DEMO)/halo/final.pth.tar --save_dir $(DEMO)/halo/pruned
-	$(RUN) check_params.py $(DIGITS) --checkpoint $(DEMO)/halo/pruned/pruned_0.95.pth.tar \
+	$(RUN) check_params.py --checkpoint $(DEMO)/halo/pruned/pruned_0.95.pth.tar \
 	  --compact $(DEMO)/halo_0.95.halo --plot $(DEMO)/layers.png --overwrite
-	$(RUN) compute_energy.py $(DIGITS) --checkpoint $(DEMO)/none/final.pth.tar $(DEMO)/halo/final.pth.tar \
+	$(RUN) compute_energy.py --checkpoint $(DEMO)/none/final.pth.tar $(DEMO)/halo/final.pth.tar \
 	  --labels none HALO --layers conv1 layer1.2.conv2 layer2.2.conv2 layer3.0.conv2 layer3.1.conv2 layer3.2.conv2 \
 	  --save $(DEMO)/energy --overwrite
 	@echo
-	@echo "Top-1 (%) on the test digits, dense and with this fraction of the convolution weights removed:"
+	@echo "Figures in $(DEMO) and its folders. Top-1 (%) on the test digits, dense and with this fraction of the"
+	@echo "convolution weights removed:"
 	@$(RUN) compare_pruning.py $(DEMO)/none/pruned/prune.json $(DEMO)/halo/pruned/prune.json \
-	  --labels "no penalty" HALO --save $(DEMO)/accuracy_vs_sparsity.png --overwrite
-	@echo
-	@echo "The figures:"
-	@ls $(DEMO)/*.png $(DEMO)/*/*.png
+	  --labels "no penalty" HALO --save $(DEMO)/accuracy_vs_sparsity.png --sentence --overwrite
 
 test: .venv/installed
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = options.Parser(__doc__)
     parser.add_argument("reports", metavar="PRUNE_JSON", nargs="+", help="prune.json files of the same data set")
     parser.add_argument("--labels", metavar="TEXT", nargs="+", help="names of the runs (default: their paths)")
+    parser.add_argument("--sentence", action="store_true", help="end with one sentence on what was kept")
     parser.add_argument("--save", metavar="FILE", help="draw the figure, as PNG")
     parser.add_argument("--overwrite", action="store_true", help="replace a figure that exists")
     return parser
@@ -37,6 +38,23 @@ def read_report(path: str) -> dict[float, float]:
     if not accuracies:
         raise ValueError(f"{path} does not exist: give a prune.json of cifar_prune_iterative.py")
     return accuracies
+
+
+def finding(runs: dict[str, dict[float, float]]) -> str:
+    """Say in one sentence what each run keeps at the highest common ratio that costs the last one at most a point.
+
+    Where every ratio costs it more than that, the lowest.
+
+    Raises:
+        OptionError: they have no ratio in common.
+    """
+    *_, last = runs.values()
+    ratios = sorted(set.intersection(*(set(run) for run in runs.values())) - {0.0})
+    if not ratios:
+        raise options.OptionError("--sentence needs a ratio at which all runs were pruned: leave it out")
+    ratio = max((r for r in ratios if last[r] >= last[0.0] - 1), default=ratios[0])
+    kept = ", ".join(f"{label} has {run[ratio]:.2f}% of {run[0.0]:.2f}% top-1 left" for label, run in runs.items())
+    return f"With {100 * ratio:g}% of the weights removed at once and no training after it, {kept}."
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -60,6 +78,8 @@ def main(args: argparse.Namespace) -> dict:
         best = max(runs, key=lambda label: runs[label][ratios[-1]])
         title = f"at {ratios[-1]:g} pruned, {best} keeps most: {runs[best][ratios[-1]]:.2f}% top-1"
         plots.plot_comparison(runs, args.save, title=title)
+    if args.sentence:
+        say(f"\n{finding(runs)}")
     return runs
 
 

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,6 +101,15 @@ def duration(seconds: float) -> str:
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
+
+
+def show_warnings_as_notes() -> None:
+    """Let what libraries warn of appear in one line, as our own notes do."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        warn(" ".join(str(message).split()))
+
+    warnings.showwarning = show
 
 
 def _clear_bar() -> None:

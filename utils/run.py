@@ -22,6 +22,7 @@ import torch
 from utils.distributed import is_main, processes
 from utils.files.atomic import atomic_write, write_text
 from utils.files.lock import folder_lock
+from utils.logger import show_warnings_as_notes
 from utils.options import OptionError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -55,6 +56,7 @@ def run_script(
     """
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, terminate)
+    show_warnings_as_notes()
     try:
         if processes() > 1 and not distributed:
             raise OptionError(f"{parser.prog} runs in one process: start it with python, not torchrun")
