@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from models.lenet import LeNet5, LeNet300
 from models.own import build_network, check_network, import_network
 from models.resnet import ResNet, blocks_per_stage
 from models.vgg import VGG, VGG_LAYERS
+from models.widths import narrow_
 
 
 class Arch(NamedTuple):
@@ -108,7 +109,9 @@ def resolve_depth(arch: str, depth: int | None) -> int | None:
     raise ValueError(f"--depth {depth} contradicts --arch {arch}: {remedy}")
 
 
-def build_model(arch: str, num_classes: int, depth: int | None = None) -> nn.Module:
+def build_model(
+    arch: str, num_classes: int, depth: int | None = None, *, widths: Mapping[str, Sequence[int]] | None = None
+) -> nn.Module:
     """Build a freshly initialised network.
 
     Args:
@@ -120,7 +123,7 @@ def build_model(arch: str, num_classes: int, depth: int | None = None) -> nn.Mod
         A network that maps images (N, *ARCHS[arch].shape) to logits (N, num_classes).
 
     Raises:
-        ValueError: arch is unknown, depth contradicts it, or there are fewer than 2 classes.
+        ValueError: arch is unknown, depth contradicts it, there are fewer than 2 classes, or the widths do not fit.
 
     Note:
         `resnet --depth 50` is the CIFAR network of 3 x 8 BasicBlocks, as in the release, not the ImageNet ResNet-50.
@@ -129,7 +132,10 @@ def build_model(arch: str, num_classes: int, depth: int | None = None) -> nn.Mod
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     depth = resolve_depth(arch, depth)
     spec = find_arch(arch)
-    return spec.build(depth, num_classes) if spec.depths else spec.build(num_classes)
+    model = spec.build(depth, num_classes) if spec.depths else spec.build(num_classes)
+    if widths is not None:
+        narrow_(model, widths)
+    return model
 
 
 class Fit(NamedTuple):

@@ -17,6 +17,7 @@ from .pruning import (
     savings,
     sparsity_per_layer,
 )
+from .shrink import shrink
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "prune_random_",
     "prune_shuffled_",
     "savings",
+    "shrink",
     "sparsity_per_layer",
 ]
