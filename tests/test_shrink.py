@@ -210,7 +210,7 @@ class Odd(nn.Module):
     def __init__(self, step):
         super().__init__()
         self.one = with_dead(nn.Conv2d(2, 4, 3, padding=1), 0, 3)
-        self.two = with_dead(nn.Conv2d(4, 4, 3, padding=1), 1)
+        self.two = with_dead(nn.Conv2d(4, 4, 3, padding=1), 1, 3)
         self.norm, self.fc, self.step = nn.BatchNorm2d(4), nn.Linear(4, 3), step
         with torch.no_grad():
             self.one.bias.mul_(-1)
@@ -220,12 +220,15 @@ class Odd(nn.Module):
 
     def forward(self, x):
         x = self.one(x)
-        if self.step == "overwritten":  # the sum sees what relu_ has left in x
-            x = F.relu_(x) + x
+        if self.step == "overwritten":  # the sum sees what ReLU has left in x
+            x = F.relu(x, inplace=True) + x
         elif self.step == "added in place":
             y = self.two(F.relu(x))
             y += 1.5
             x = x + y
+        elif self.step == "kept, then added":
+            kept, x = x.abs().mean((2, 3)), self.two(F.relu(x)) + x
+            return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1)) + kept[:, :3]
         elif self.step == "called twice":
             x = self.two(F.relu(self.two(x)))
         elif self.step == "tied":
@@ -240,7 +243,8 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "step", ["overwritten", "added in place", "called twice", "tied", "concatenated", "view", "scaled"]
+    "step",
+    ["overwritten", "added in place", "kept, then added", "called twice", "tied", "concatenated", "view", "scaled"],
 )
 def test_steps_that_are_not_understood_keep_what_they_read(step):
     torch.manual_seed(0)
