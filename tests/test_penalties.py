@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from utils import HALO, L1, MCP, SWS, make_penalty, penalized_parameters
-from utils.halo import penalties as module
+from utils.halo import memory as module
 
 MAKERS = {
     "halo": lambda params: HALO(params, xi=0.3, psi=0.2, lambda_init=0.7),

@@ -18,15 +18,17 @@ static inline void descend(float& x, float& velocity, float gradient, Sgd sgd) {
 }
 
 // Tensor k has sizes[k] elements at w[k], grad[k], lam[k], velocity[k], all in one order, and, unless w_velocity is
-// null, at w_velocity[k].
+// null, at w_velocity[k]. `ceiling` is 1 over the floor under |lam|; a NaN passes it.
 extern "C" void halo_step(int64_t tensors, const int64_t* sizes, float* const* w, float* const* grad,
                           float* const* lam, float* const* velocity, float* const* w_velocity, float xi, float psi,
-                          Sgd of_lam, Sgd of_w) {
+                          float ceiling, Sgd of_lam, Sgd of_w) {
 #pragma omp parallel
     for (int64_t k = 0; k < tensors; ++k) {
         float *wk = w[k], *gk = grad[k], *lk = lam[k], *vk = velocity[k], *uk = w_velocity ? w_velocity[k] : nullptr;
         auto step = [=](int64_t i) {
-            const float inverse = 1.0f / lk[i];
+            float inverse = 1.0f / lk[i];
+            inverse = inverse > ceiling ? ceiling : inverse;
+            inverse = inverse < -ceiling ? -ceiling : inverse;
             const float strength = inverse * inverse * xi;
             const float slope = psi * sign(lk[i]) - 2.0f * (strength * inverse * std::fabs(wk[i]));
             descend(lk[i], vk[i], slope, of_lam);

@@ -8,15 +8,20 @@ the SGD of the weights into the same pass, which then costs about what that alon
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim import SGD
+from torch.amp import GradScaler
+from torch.optim import SGD, Optimizer
 
+from .floor import LAMBDA_FLOOR, inverse_of
+from .guard import require_beside, require_current
+from .memory import CHUNK, aligned, aligned_gradient, is_dense, pieces
 from .native import load_native
-from .penalties import CHUNK, HALO, Penalty, gradient, is_dense, pieces
+from .penalties import HALO, Penalty
 
 OTHER_SGD = ("nesterov", "dampening", "maximize")  # options of SGD that the kernel does not have
 
@@ -33,18 +38,53 @@ class LambdaSGD(SGD):
         weight_decay: decay of lam, >= 0.
 
     Note:
-        Call `step()` after the backward pass and before the step of the weights, instead of `penalty.add_grad_()`.
+        Call `step()` once a step: after the backward pass (the last one, where gradients are accumulated) and before
+        `optimizer.step()`, instead of `penalty.add_grad_()`. After `clip_grad_norm_` the penalty acts in full; before
+        it, the penalty counts in the norm and is shrunk with the rest.
     """
 
     def __init__(self, penalty: Penalty, *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(penalty.parameters(), lr, momentum=momentum, weight_decay=weight_decay, fused=True)
         self.penalty = penalty
 
-    def step(self) -> None:
-        """Add the penalty's gradient to that of the weights, step lam, and drop its gradient."""
-        self.penalty.add_grad_()
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None, *, scaler: GradScaler | None = None) -> float | None:
+        """Add the penalty's gradient to that of the weights, step lam, and drop its gradient.
+
+        Args:
+            closure: evaluates the model and returns the loss; called first.
+            scaler: the one that scaled the loss, if one did; see `Penalty.add_grad_`. lam does not depend on the
+                data: it is stepped also where the scaler then leaves out the step of the weights.
+
+        Returns:
+            The loss of the closure, None without one.
+
+        Raises:
+            ValueError: see `Penalty.add_grad_`; or this was called by `scaler.step()`, or lam is not the penalty's.
+        """
+        loss = self._begin(closure)
+        self.penalty.add_grad_(scaler=scaler)
         super().step()
         self.zero_grad()
+        return loss
+
+    def _begin(self, closure: Callable[[], float] | None) -> float | None:
+        """Refuse what cannot go well, and return the loss of the closure."""
+        if hasattr(self, "found_inf"):  # how a scaler tells an optimizer what to do
+            raise ValueError(
+                "scaler.step() is for the optimizer of the weights: call step(scaler=scaler) of this one itself"
+            )
+        held = self.param_groups[0]["params"]
+        if not all(mine is its for mine, its in zip(held, self.penalty.parameters(), strict=True)):
+            raise ValueError("lam was exchanged, as by load_state_dict(assign=True): build the optimizer of lam anew")
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def __getstate__(self) -> dict:
+        """Add to the state of an optimizer what it works on, for copies and pickles."""
+        return {**super().__getstate__(), "penalty": self.penalty}
 
 
 class FusedHALO(LambdaSGD):
@@ -58,16 +98,21 @@ class FusedHALO(LambdaSGD):
         lr: learning rate, >= 0.
         momentum: in [0, 1).
         weight_decay: decay of lam, >= 0.
-        weights: the optimizer of the weights. If it is given, the kernel steps the penalised weights in the same pass,
-            exactly as it would, and leaves them without a gradient; its own `step()` is then left with the others.
+        weights: the optimizer of the weights. If it is given, `step()` only asks for the pass, which takes place at the
+            beginning of the next `weights.step()`: whatever clips or unscales the gradients, before or after, sees
+            those of the loss. The kernel steps the penalised weights in the same pass, exactly as `weights` would, and
+            leaves them without a gradient; `weights` then steps the others.
         compiled: run `halo_step_` through torch.compile where the kernel does not apply, as on CUDA.
 
     Attributes:
         slow_because: why there is no kernel on this CPU, such as a missing compiler; None where there is one.
 
     Raises:
-        ValueError: a weight or a lam does not require a gradient, or `weights` is not plain SGD in one group; use
-            `LambdaSGD`.
+        ValueError: a weight or a lam does not require a gradient, or `weights` is not plain SGD in one group that has
+            all penalised weights; use `LambdaSGD`, or leave out `weights`.
+
+    Note:
+        Copy or pickle it together with model, penalty and `weights`, as any optimizer with its model.
     """
 
     def __init__(
@@ -81,30 +126,83 @@ class FusedHALO(LambdaSGD):
         compiled: bool = False,
     ) -> None:
         super().__init__(penalty, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self._pairs = [(penalty.penalized[name], lam) for name, lam in penalty.lambdas.items()]
-        tensors = [tensor for pair in self._pairs for tensor in pair]
-        if not all(t.requires_grad for t in tensors):
-            raise ValueError("a penalised weight or its lam is frozen (requires_grad is False): use LambdaSGD")
-        if weights and (len(weights.param_groups) > 1 or any(weights.defaults[k] for k in OTHER_SGD)):
-            raise ValueError(f"the optimizer of the weights must have one group and none of {', '.join(OTHER_SGD)}")
-        self._weights, self._kernel, self.slow_because = weights, None, None
+        self._require_trained()
+        if weights is not None:
+            require_plain_sgd(weights, penalty)
+        self._compiled = compiled
+        self._prepare(weights)
+
+    def _prepare(self, weights: SGD | None) -> None:
+        """Find the form of the pass, and have it run by the optimizer of the weights if there is one."""
+        self._weights, self._kernel, self.slow_because, self._asked = weights, None, None, False
+        tensors = [*self.penalty.penalized.values(), *self.penalty.parameters()]
         if all(t.dtype == torch.float32 and t.device.type == "cpu" and is_dense(t) for t in tensors):
             try:
                 self._kernel = load_kernel()
             except OSError as error:
                 self.slow_because = str(error)
-        self._halo_step_ = torch.compile(halo_step_, dynamic=True) if compiled else halo_step_
+        self._halo_step_ = torch.compile(halo_step_, dynamic=True) if self._compiled else halo_step_
         # A compiled function takes a tensor whole, as an accelerator does best with few large operations.
-        self._chunk = CHUNK if not compiled and tensors[0].device.type == "cpu" else 16 * CHUNK
+        self._chunk = CHUNK if not self._compiled and tensors[0].device.type == "cpu" else 16 * CHUNK
+        if weights is not None:
+            weights.register_step_pre_hook(self._before_weights)
+
+    def __getstate__(self) -> dict:
+        """Leave out the kernel, which cannot be pickled."""
+        return {**super().__getstate__(), "_compiled": self._compiled, "_weights": self._weights}
+
+    def __setstate__(self, state: dict) -> None:
+        """Find the kernel again; `load_state_dict` calls this too, with less."""
+        super().__setstate__(state)
+        if "_weights" in state:
+            self._prepare(state["_weights"])
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Add HALO's gradient to that of the weights and step lam, and the weights if told to.
+    def step(self, closure: Callable[[], float] | None = None, *, scaler: GradScaler | None = None) -> float | None:
+        """Add HALO's gradient to that of the weights and step lam; with `weights`, when these are stepped.
+
+        Args:
+            closure: evaluates the model and returns the loss; called first.
+            scaler: the one that scaled the loss, if one did; see `Penalty.add_grad_`. With `weights` it makes no
+                difference, and where it leaves out the step of the weights, lam stays too.
+
+        Returns:
+            The loss of the closure, None without one.
 
         Raises:
-            ValueError: the network was moved to another type or device after this was built.
+            ValueError: see `LambdaSGD.step`; or the network was moved to another type after this was built.
         """
-        sets = [(w, aligned_gradient(w), lam, velocity_of(self, lam)) for w, lam in self._pairs]
+        loss = self._begin(closure)
+        if self._weights is not None:
+            self._asked = True
+            return loss
+        with self.penalty.guard.adding(scaler):
+            self._pass()
+        return loss
+
+    @torch.no_grad()
+    def _before_weights(self, weights: SGD, args: tuple, kwargs: dict) -> None:
+        if not self._asked:
+            return
+        if hasattr(weights, "found_inf"):  # a fused SGD, which a scaler leaves to unscale or not to step
+            raise ValueError("SGD(fused=True) and a GradScaler: build FusedHALO without weights=, or SGD without fused")
+        if any(argument is not None for argument in (*args[1:], *kwargs.values())):
+            raise ValueError("optimizer.step(closure) and FusedHALO(weights=optimizer): call the closure before step()")
+        self._asked = False
+        require_current(self.penalty.penalized)
+        self._pass()
+
+    def _require_trained(self) -> None:
+        if not all(t.requires_grad for t in (*self.penalty.penalized.values(), *self.penalty.parameters())):
+            raise ValueError("a penalised weight or its lam is frozen (requires_grad is False): use LambdaSGD")
+
+    def _pass(self) -> None:
+        self._require_trained()
+        pairs = [(name, self.penalty.penalized[name], lam) for name, lam in self.penalty.lambdas.items()]
+        for name, w, lam in pairs:
+            require_beside(name, w, lam)
+            lam.data = aligned(lam.data, w)  # the network may have got another layout
+        sets = [(w, aligned_gradient(w), lam, velocity_of(self, lam)) for _, w, lam in pairs]
         if self._kernel:
             self._run_kernel(sets)
             return
@@ -114,21 +212,47 @@ class FusedHALO(LambdaSGD):
                 self._halo_step_(*piece, **factors)
 
     def _run_kernel(self, sets: list[tuple[Tensor, ...]]) -> None:
-        w = sets[0][0]
-        if w.dtype != torch.float32 or w.device.type != "cpu":
-            raise ValueError(f"the weights are now {w.dtype} on {w.device}: build FusedHALO after moving the network")
+        for w, *_ in sets:
+            if w.dtype != torch.float32 or w.device.type != "cpu" or not is_dense(w):
+                raise ValueError(
+                    f"the weights are now {w.dtype} on {w.device}: build FusedHALO after moving the network"
+                )
         array = ctypes.c_void_p * len(sets)
         columns = [*zip(*sets, strict=True)]
         sizes = (ctypes.c_int64 * len(sets))(*map(Tensor.numel, columns[0]))
         of_lam, of_w, w_velocities = Factors(**factors_of(self)), Factors(), None
-        if self._weights:
+        if self._weights is not None:
             of_w = Factors(**factors_of(self._weights))
             w_velocities = array(*(velocity_of(self._weights, w).data_ptr() for w in columns[0]))
         addresses = [array(*map(Tensor.data_ptr, column)) for column in columns]
-        self._kernel(len(sets), sizes, *addresses, w_velocities, self.penalty.xi, self.penalty.psi, of_lam, of_w)
-        if self._weights:
+        strengths = self.penalty.xi, self.penalty.psi, 1 / LAMBDA_FLOOR
+        self._kernel(len(sets), sizes, *addresses, w_velocities, *strengths, of_lam, of_w)
+        if self._weights is not None:
             for w in columns[0]:
                 w.grad = None
+
+
+def require_plain_sgd(weights: Optimizer, penalty: HALO) -> None:
+    """Raise unless the kernel can do the work of this optimizer on the penalised weights.
+
+    Raises:
+        ValueError: it is none, is no SGD, has several groups, an option that the kernel lacks, or not all weights.
+    """
+    remedy = "leave out weights=, and FusedHALO steps lam alone"
+    if type(weights) is not SGD:
+        raise ValueError(f"weights= takes a torch.optim.SGD, got {type(weights).__name__}: {remedy}")
+    if len(weights.param_groups) > 1:
+        raise ValueError(
+            f"weights= takes an SGD of one parameter group, this has {len(weights.param_groups)}: {remedy}"
+        )
+    (group,) = weights.param_groups
+    for option in OTHER_SGD:
+        if group[option]:
+            raise ValueError(f"weights= takes an SGD without {option}, this has {option}={group[option]}: {remedy}")
+    stepped = {id(p) for p in group["params"]}
+    for name, w in penalty.penalized.items():
+        if id(w) not in stepped:
+            raise ValueError(f"{name!r} is penalised, but the optimizer of weights= does not have it: {remedy}")
 
 
 class Factors(ctypes.Structure):
@@ -164,24 +288,12 @@ def halo_step_(
     weight_decay: float,
 ) -> None:
     """Change grad, lam and velocity in place as `LambdaSGD` does with `HALO.add_grad_`; all of one shape."""
-    inverse = lam.reciprocal()
+    inverse = inverse_of(lam)
     strength = inverse.square().mul_(xi)
     grad.add_(w.sign().mul_(strength))
     slope = strength.mul_(inverse).mul_(w.abs()).mul_(-2).add_(lam.sign(), alpha=psi)
     velocity.mul_(momentum).add_(slope.add_(lam, alpha=weight_decay))
     lam.add_(velocity, alpha=-lr)
-
-
-def aligned(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor itself, or a copy of it, with its elements in the order in memory that `like` has."""
-    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
-
-
-def aligned_gradient(w: Tensor) -> Tensor:
-    """Return `.grad`, made if it is None, and laid out as the weight is."""
-    if w.grad is None or w.grad.stride() != w.stride():
-        w.grad = aligned(gradient(w), w)
-    return w.grad
 
 
 @cache
@@ -192,6 +304,6 @@ def load_kernel() -> ctypes._CFuncPtr:
         OSError: there is no C++ compiler, or it fails.
     """
     function = load_native(Path(__file__).with_name("halo_step.cpp")).halo_step
-    function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 6, *[ctypes.c_float] * 2, Factors, Factors]
+    function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 6, *[ctypes.c_float] * 3, Factors, Factors]
     function.restype = None
     return function

@@ -10,6 +10,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from .guard import NamedParameters
+
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 LINEAR = (nn.Linear, nn.Bilinear, nn.MultiheadAttention)
@@ -180,7 +182,7 @@ def penalized_parameters(model: nn.Module, *, linear: bool = False, exclude: Exc
             f"all weights of {type(inner_model(model)).__name__} to penalise are frozen (requires_grad is False): "
             "unfreeze them before building the penalty"
         )
-    return trainable
+    return NamedParameters(trainable, inner_model(model))
 
 
 def prunable_weights(model: nn.Module, *, linear: bool = False, exclude: Exclude = ()) -> dict[str, nn.Parameter]:

@@ -7,40 +7,20 @@ Each is written twice and no more: `forward()` is the equation, differentiable, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
-# Elements of one piece of a tensor: small enough that the piece and its intermediate results stay in cache,
-# large enough that the cost of starting an operation vanishes. Measured on VGG-16 (14.7 M weights), 2 cores:
-# 2^14 51 ms, 2^16 38 ms, 2^18 28 ms, uncut 37 ms.
-CHUNK = 1 << 18
+from .floor import floored, floored_square, inverse_of
+from .guard import GradientGuard, distinct, require_beside
+from .memory import gradient, pieces
 
 
 def _check(name: str, value: float, *, positive: bool = False) -> None:
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}, got {value}")
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Return whether the elements lie in memory without gaps, as contiguous or channels_last."""
-    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-
-
-def pieces(*tensors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape into aligned pieces of at most `size` elements (None: CHUNK).
-
-    An elementwise operation does not care about the order of the elements, so tensors of one dense layout are
-    walked in the order of their memory; others are taken whole.
-    """
-    first, size = tensors[0], size or CHUNK
-    total = first.numel()
-    if total <= size or not is_dense(first) or any(t.stride() != first.stride() for t in tensors):
-        yield tensors
-        return
-    flat = [t.as_strided((total,), (1,)) for t in tensors]
-    yield from zip(*(t.split(size) for t in flat), strict=True)
 
 
 class Penalty(nn.Module):
@@ -49,24 +29,36 @@ class Penalty(nn.Module):
     Args:
         params: name to tensor of any shape, the penalised parameters w. They are read and their `.grad` is added
             to, but they do not become parameters of the penalty: `penalty.parameters()` are the learned lam only.
+            A tensor that stands in it twice (tied weights) is penalised once.
 
     Raises:
-        ValueError: there is no tensor, or one is not floating point.
+        ValueError: it is no mapping, there is no tensor, or one is not floating point.
 
     Note:
         Computed in fp32 whatever the type of w (fp64 for fp64): xi = 1e-8 underflows in fp16, 1/lam^2 overflows.
+        `penalty.half()` and the like leave lam in it too. `model.penalty = HALO(...)` makes lam a part of
+        `model.parameters()` and of the model's state_dict; with `LambdaSGD` that is harmless, since lam has no gradient
+        outside of its step.
     """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         super().__init__()
-        if not params:
-            raise ValueError("no parameters to penalise: the mapping is empty")
-        for name, w in params.items():
-            if not w.is_floating_point():
-                raise ValueError(f"cannot penalise {name!r}: its type is {w.dtype}, not a floating point type")
-        self.penalized = dict(params)
-        first = next(iter(params.values()))
-        self._dtype, self._device = torch.promote_types(first.dtype, torch.float32), first.device
+        self.penalized = distinct(params)
+        self._dtype = torch.promote_types(self._first.dtype, torch.float32)
+        self.guard = GradientGuard(self.penalized)
+
+    @property
+    def _first(self) -> Tensor:
+        return next(iter(self.penalized.values()))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Penalty:
+        """Move lam as `nn.Module.to` does, but never to another type."""
+
+        def keep_type(lam: Tensor) -> Tensor:
+            moved = fn(lam)
+            return moved if moved.dtype == lam.dtype else lam.to(moved.device)
+
+        return super()._apply(keep_type, recurse)
 
     @property
     def lambdas(self) -> dict[str, Tensor]:
@@ -79,14 +71,27 @@ class Penalty(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the penalty as a differentiable scalar."""
-        return torch.zeros((), dtype=self._dtype, device=self._device)
+        return torch.zeros((), dtype=self._dtype, device=self._first.device)
 
     @torch.no_grad()
-    def add_grad_(self) -> None:
+    def add_grad_(self, *, scaler: GradScaler | None = None) -> None:
         """Add the gradient of `forward()` to `.grad` of the weights and of lam, in closed form.
 
-        A `.grad` that is None counts as zero. Tensors that do not require a gradient are left alone.
+        Call it once a step, after the last backward pass. A `.grad` that is None counts as zero. Tensors that do not
+        require a gradient are left alone.
+
+        Args:
+            scaler: the one that scaled the loss, if one did: unless `scaler.unscale_(optimizer)` was called since, the
+                penalty's gradient gets the same scale. Without it, unscaling would divide the penalty away.
+
+        Raises:
+            ValueError: a tensor left the model or was moved, or a backward pass was added to gradients that hold the
+                penalty already, as when gradients are accumulated over several passes.
         """
+        with self.guard.adding(scaler):
+            self._add_grad_()
+
+    def _add_grad_(self) -> None:
         for name, w in self.penalized.items():
             if w.requires_grad:
                 self._add_weight_grad_(name, w, gradient(w))
@@ -96,13 +101,6 @@ class Penalty(nn.Module):
 
     def _elements(self, w: Tensor) -> Tensor:
         return w.to(self._dtype)
-
-
-def gradient(tensor: Tensor) -> Tensor:
-    """Return `.grad`, made of zeros first if it is None."""
-    if tensor.grad is None:
-        tensor.grad = torch.zeros_like(tensor)
-    return tensor.grad
 
 
 class HALO(Penalty):
@@ -120,7 +118,8 @@ class HALO(Penalty):
         ValueError: a coefficient is out of range.
 
     Note:
-        lam takes the shape and the memory layout of its weight, in fp32. Train it with an optimizer of its own.
+        lam takes the shape and the memory layout of its weight, in fp32. Train it with an optimizer of its own, best
+        `LambdaSGD`. Below LAMBDA_FLOOR it acts as LAMBDA_FLOOR.
     """
 
     def __init__(self, params: Mapping[str, Tensor], *, xi: float, psi: float, lambda_init: float = 1.0) -> None:
@@ -133,7 +132,7 @@ class HALO(Penalty):
         self.lam = nn.ParameterDict(
             {
                 name.replace(".", "/"): nn.Parameter(torch.full_like(w, lambda_init, dtype=self._dtype))
-                for name, w in params.items()
+                for name, w in self.penalized.items()
             }
         )
 
@@ -144,26 +143,26 @@ class HALO(Penalty):
 
     def strength(self, lam: Tensor) -> Tensor:
         """Return xi / lam^2."""
-        return self.xi / lam.square()
+        return self.xi / floored_square(lam)
 
     def forward(self) -> Tensor:
         """Return xi * sum |w| / lam^2 + psi * sum |lam|."""
         total = super().forward()
         for name, lam in self.lambdas.items():
             w = self._elements(self.penalized[name])
-            total = total + self.xi * (w.abs() / lam.square()).sum() + self.psi * lam.abs().sum()
+            total = total + self.xi * (w.abs() / floored(lam).square()).sum() + self.psi * lam.abs().sum()
         return total
 
-    @torch.no_grad()
-    def add_grad_(self) -> None:
-        """Add both gradients in one pass over pieces that stay in cache; see `Penalty.add_grad_`."""
+    def _add_grad_(self) -> None:
+        """Add both gradients in one pass over pieces that stay in cache."""
         for name, lam in self.lambdas.items():
             w = self.penalized[name]
+            require_beside(name, w, lam)
             w_grad = [gradient(w)] if w.requires_grad else []
             lam_grad = [gradient(lam)] if lam.requires_grad else []
             for w_piece, lam_piece, *grads in pieces(w, lam, *w_grad, *lam_grad):
                 w_piece = self._elements(w_piece)
-                inverse = lam_piece.reciprocal()
+                inverse = inverse_of(lam_piece)
                 strength = inverse.square().mul_(self.xi)
                 if w_grad:
                     grads[0].add_(w_piece.sign().mul_(strength))
@@ -224,7 +223,7 @@ class SWS(Penalty):
         _check("psi", psi)
         _check("|lambda_init|", abs(lambda_init), positive=True)
         self.xi, self.psi = xi, psi
-        self.lam = nn.Parameter(torch.tensor(lambda_init, dtype=self._dtype, device=self._device))
+        self.lam = nn.Parameter(torch.tensor(lambda_init, dtype=self._dtype, device=self._first.device))
 
     @property
     def lambdas(self) -> dict[str, Tensor]:
@@ -233,21 +232,19 @@ class SWS(Penalty):
 
     def strength(self, lam: Tensor) -> Tensor:
         """Return xi / lam^2."""
-        return self.xi / lam.square()
+        return self.xi / floored_square(lam)
 
     def forward(self) -> Tensor:
         """Return xi * sum |w| / lam^2 + psi * lam^2."""
         norm = sum(self._elements(w).abs().sum() for w in self.penalized.values())
-        return self.xi * norm / self.lam.square() + self.psi * self.lam.square()
+        return self.xi * norm / floored(self.lam).square() + self.psi * self.lam.square()
 
-    @torch.no_grad()
-    def add_grad_(self) -> None:
-        """Add both gradients; see `Penalty.add_grad_`."""
+    def _add_grad_(self) -> None:
         self._scale = self.strength(self.lam)
-        super().add_grad_()
+        super()._add_grad_()
         if self.lam.requires_grad:
             norm = sum(torch.linalg.vector_norm(w, 1, dtype=self._dtype) for w in self.penalized.values())
-            gradient(self.lam).add_(-2 * self._scale * norm / self.lam + 2 * self.psi * self.lam)
+            gradient(self.lam).add_(-2 * self._scale * norm / floored(self.lam) + 2 * self.psi * self.lam)
 
     def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
         for w_piece, grad_piece in pieces(w, grad):
