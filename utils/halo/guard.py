@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -85,6 +86,10 @@ def require_beside(name: str, w: Tensor, lam: Tensor) -> None:
         raise ValueError(f"{name!r} is now {tuple(w.shape)}, its lam {tuple(lam.shape)}: build the penalty anew")
 
 
+# How many steps are watched for a division of the gradients: on an accelerator a look makes the host wait.
+WATCHED_STEPS = 10
+
+
 class GradientGuard:
     """Sees to it that the penalty enters the gradients of a step once, and in their scale.
 
@@ -94,21 +99,24 @@ class GradientGuard:
 
     def __init__(self, params: dict[str, Tensor]) -> None:
         self._params = params
-        self._last: tuple | None = None
+        self._last: LastStep | None = None
+        self._watched = 0
 
     def __getstate__(self) -> dict:
         """Leave out the gradients, which copies and files do not have."""
-        return {"_params": self._params, "_last": None}
+        return {"_params": self._params, "_last": None, "_watched": 0}
 
     @contextmanager
     def adding(self, scaler: GradScaler | None) -> Iterator[None]:
         """Let the block add to the gradients, which are unscaled for its length if they are scaled.
 
         Raises:
-            ValueError: a tensor left the model, or a backward pass was added to gradients that hold the penalty.
+            ValueError: a tensor left the model, a backward pass was added to gradients that hold the penalty, or
+                those of the last step were divided after the penalty was added.
         """
         require_current(self._params)
-        self._require_new_gradients()
+        if self._last:
+            self._look_back(self._last)
         trained = [w for w in self._params.values() if w.requires_grad]
         scale = scale_of(scaler, trained)
         if scale is not None:
@@ -116,29 +124,56 @@ class GradientGuard:
         yield
         if scale is not None:
             multiply_(trained, scale)
-        self._remember(trained)
+        has_gradient = any(w.grad is not None for w in trained)
+        self._last = LastStep(trained, scaled=scale is not None) if has_gradient else None
 
-    def _remember(self, trained: list[Tensor]) -> None:
-        """Keep what tells the next call whether a step, or zero_grad(), came between: of one tensor, the smallest."""
-        w = min(trained, key=Tensor.numel, default=None)
-        if w is not None and w.grad is not None:
-            versions = [tensor._version for tensor in trained]
-            self._last = w, w.detach().clone(), w.grad, w.grad._version, trained, versions
-
-    def _require_new_gradients(self) -> None:
-        if self._last is None:
-            return
-        w, value, grad, version, trained, versions = self._last
+    def _look_back(self, last: LastStep) -> None:
         self._last = None
-        if w.grad is not grad or grad._version == version:
-            return  # they were set to None, or nothing was added to them
-        # A fused step leaves the version as it is, hence the look at the value.
-        if [tensor._version for tensor in trained] == versions and torch.equal(w, value):
+        if last.was_added_to():
             raise ValueError(
                 "these gradients hold the penalty already, and a backward pass was added to them: call add_grad_() or "
                 "the step of lam once a step, after the last backward pass and before optimizer.step(); then "
                 "optimizer.zero_grad() with set_to_none=True, its default"
             )
+        if self._watched < WATCHED_STEPS and not last.scaled:
+            self._watched += 1
+            divisor = last.divisor()
+            if divisor:
+                raise ValueError(
+                    f"the gradients, and with them the penalty, were divided by {divisor:g} after it was added: with a "
+                    "GradScaler call step(scaler=scaler) or add_grad_(scaler=scaler), else divide before adding it"
+                )
+
+
+class LastStep:
+    """What tells the next step what happened in between: the smallest of the tensors, and the versions of all."""
+
+    def __init__(self, trained: list[Tensor], *, scaled: bool) -> None:
+        self.scaled = scaled
+        self.w = min((w for w in trained if w.grad is not None), key=Tensor.numel)
+        self.grad, self.version = self.w.grad, self.w.grad._version
+        corner = (slice(8),) * self.w.dim()
+        self.views = self.w.detach()[corner], self.grad[corner]
+        self.values = [view.clone() for view in self.views]
+        self.trained, self.versions = trained, [tensor._version for tensor in trained]
+
+    def was_added_to(self) -> bool:
+        """Return whether the gradients are still these, have changed, and no step was taken."""
+        if self.w.grad is not self.grad or self.grad._version == self.version:
+            return False
+        # A fused step leaves the version as it is, hence the look at the value.
+        stepped = [tensor._version for tensor in self.trained] != self.versions
+        return not stepped and torch.equal(self.views[0], self.values[0])
+
+    def divisor(self) -> float | None:
+        """Return the power of two by which gradients that are now gone were divided; None for anything else."""
+        now, then = self.views[1].float(), self.values[1].float()
+        if self.w.grad is self.grad or not now.any():
+            return None
+        ratios = (then / now)[now != 0].unique()
+        if len(ratios) != 1 or not 1 < ratios.item() < math.inf or math.frexp(ratios.item())[0] != 0.5:
+            return None
+        return ratios.item()
 
 
 def scale_of(scaler: GradScaler | None, tensors: list[Tensor]) -> Tensor | None:

@@ -1,0 +1,652 @@
+"""HALO in training loops that nobody here wrote: what works, and what the errors say."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_penalties import random_params
+from torch import nn
+from torch.nn.utils import prune
+
+from utils import HALO, L1, SWS, FusedHALO, LambdaSGD, penalized_parameters
+from utils.halo import lambda_sgd
+from utils.halo.floor import LAMBDA_FLOOR
+from utils.halo.guard import NamedParameters
+
+FACTORS = {"lr": 0.05, "momentum": 0.9}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+
+
+def batch(*, seed=0, size=6):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 3, 8, 8, generator=generator), torch.randint(5, (size,), generator=generator)
+
+
+def loss_of(model, **which):
+    images, labels = batch(**which)
+    return F.cross_entropy(model(images), labels)
+
+
+def halo(model, **coefficients):
+    return HALO(penalized_parameters(model), **({"xi": 0.01, "psi": 0.01} | coefficients))
+
+
+def no_compiler():
+    raise OSError("no C++ compiler g++ on the PATH")
+
+
+def weights_after(model, *others):
+    return [p.detach().clone() for p in (*model.parameters(), *(q for other in others for q in other.parameters()))]
+
+
+def assert_same(first, second, **tolerance):
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+# What is passed to the constructor
+
+
+@pytest.mark.parametrize("build", [lambda p: HALO(p, xi=1, psi=1), lambda p: L1(p, xi=1)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        network(),
+        network().parameters(),
+        list(network().parameters()),
+        list(network().named_parameters()),
+        dict(network().named_children()),
+    ],
+)
+def test_what_is_no_mapping_of_tensors_is_told_what_to_pass(build, wrong):
+    with pytest.raises(ValueError, match=r"penalized_parameters\(model\)"):
+        build(wrong)
+
+
+def test_tied_weights_are_penalised_once():
+    tied = nn.Parameter(torch.tensor([1.0, -2.0]))
+    penalty = HALO({"encoder": tied, "decoder": tied}, xi=0.1, psi=0.2)
+    penalty.add_grad_()
+    assert list(penalty.lambdas) == ["encoder"]
+    assert penalty().item() == pytest.approx(0.1 * 3 + 0.2 * 2)
+    assert tied.grad.tolist() == pytest.approx([0.1, -0.1])
+
+
+# GradScaler
+
+
+def scaled_step(order, *, make=LambdaSGD, penalty_of=halo, scale=2.0**16, fused=None, blow_up=False):
+    """Train for one step in fp16; return weights, lam, and whether the step was taken."""
+    model = network()
+    penalty = penalty_of(model)
+    lam_optimizer = make(penalty, **FACTORS) if list(penalty.parameters()) else None
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    before = weights_after(model)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = loss_of(model) * (1e8 if blow_up else 1)
+    scaler.scale(loss.float()).backward()
+    if order == "unscaled first":
+        scaler.unscale_(optimizer)
+    (lam_optimizer.step if lam_optimizer else penalty.add_grad_)(scaler=scaler)
+    if order == "unscaled later":
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    return weights_after(model), weights_after(penalty), not torch.equal(before[0], model[0].weight)
+
+
+@pytest.mark.parametrize("make", [LambdaSGD, FusedHALO])
+@pytest.mark.parametrize("order", ["unscaled later", "unscaled by the scaler's step"])
+@pytest.mark.parametrize("fused", [None, True])
+def test_with_a_scaler_either_order_is_right(make, order, fused):
+    def strong(model):
+        return halo(model, xi=10.0, psi=10.0)
+
+    weights, lam, _ = scaled_step("unscaled first", make=make, penalty_of=strong)
+    scaled_weights, scaled_lam, _ = scaled_step(order, make=make, penalty_of=strong, fused=fused)
+    assert_same(scaled_weights, weights, rtol=1e-6, atol=1e-6)
+    assert_same(scaled_lam, lam)
+    assert (network()[0].weight - weights[0]).abs().min() > 0.5  # 0.1 * 10 and the loss
+
+
+def test_with_a_scaler_l1_keeps_its_strength():
+    results = [
+        scaled_step(order, penalty_of=lambda model: L1(penalized_parameters(model), xi=10.0))[0]
+        for order in ("unscaled first", "unscaled later")
+    ]
+    assert_same(*results, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [LambdaSGD, FusedHALO])
+def test_where_the_scaler_leaves_a_step_out_lam_is_stepped_all_the_same(make):
+    _, lam, stepped = scaled_step("unscaled later", make=make)
+    _, lam_without, stepped_without = scaled_step("unscaled later", make=make, blow_up=True)
+    assert stepped and not stepped_without
+    assert_same(lam_without, lam)
+
+
+def test_where_the_scaler_leaves_out_a_step_that_has_lam_in_it_both_stay():
+    model = network()
+    penalty, optimizer = halo(model), torch.optim.SGD(model.parameters(), 0.1)
+    lam_optimizer = FusedHALO(penalty, **FACTORS, weights=optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    moved = []
+    for factor in (float("inf"), 1.0):
+        before = weights_after(model, penalty)
+        scaler.scale(loss_of(model) * factor).backward()
+        lam_optimizer.step(scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved.append([not torch.equal(a, b) for a, b in zip(before, weights_after(model, penalty), strict=True)])
+    assert not any(moved[0]) and all(moved[1])
+
+
+def test_a_penalty_that_the_scaler_divides_is_noticed_at_the_next_step():
+    model = network()
+    penalty, optimizer = halo(model), torch.optim.SGD(model.parameters(), 0.01)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model)).backward()
+    penalty.add_grad_()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model)).backward()
+    with pytest.raises(ValueError, match=r"divided by 65536 .*add_grad_\(scaler=scaler\)"):
+        penalty.add_grad_()
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_scaler_step_of_the_optimizer_of_lam_is_refused(weights):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=weights)
+    lam_optimizer = FusedHALO(halo(model), **FACTORS, weights=optimizer) if weights else LambdaSGD(halo(model), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model)).backward()
+    with pytest.raises(ValueError, match=r"step\(scaler=scaler\)"):
+        scaler.step(lam_optimizer)
+    if weights:
+        lam_optimizer = FusedHALO(halo(model), **FACTORS, weights=optimizer)
+        lam_optimizer.step()
+        with pytest.raises(ValueError, match="fused=True.*without weights="):
+            scaler.step(optimizer)
+
+
+# A tensor that is no longer the network's
+
+
+def replace_a_layer(model):
+    model[0] = nn.Conv2d(3, 4, 3)
+
+
+def assign(model):
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+
+
+def reparametrise(model):
+    nn.utils.parametrizations.weight_norm(model[0])
+
+
+def convert(model):
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("change", [replace_a_layer, assign, reparametrise, convert])
+@pytest.mark.parametrize("kind", ["halo", "l1", "fused", "weights"])
+def test_a_tensor_that_left_the_network_is_noticed(change, kind):
+    model = network()
+    params = penalized_parameters(model)
+    penalty = L1(params, xi=0.1) if kind == "l1" else HALO(params, xi=0.1, psi=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    options = {"weights": optimizer} if kind == "weights" else {}
+    step = penalty.add_grad_ if kind in ("halo", "l1") else FusedHALO(penalty, **FACTORS, **options).step
+    step()
+    optimizer.step()
+    change(model)
+    with pytest.raises(ValueError, match=r"'0\.(weight|bias)' is no longer .*Sequential.*penalty\.state_dict\(\)"):
+        step()
+        optimizer.step()
+    new = halo(model)
+    if kind == "halo" and change is not reparametrise:
+        new.load_state_dict(penalty.state_dict())
+        assert_same(weights_after(new), weights_after(penalty), check_dtype=False)
+
+
+def test_a_layer_that_has_another_name_now_is_still_the_networks():
+    model = network()
+    penalty = halo(model)
+    model.insert(0, nn.Identity())
+    prune.identity(model[1], "weight")  # weight is weight_orig now
+    penalty.add_grad_()
+    assert model[1].weight_orig.grad is not None
+
+
+@pytest.mark.parametrize("kind", [LambdaSGD, FusedHALO])
+def test_lam_elsewhere_than_its_weight_is_an_error(kind):
+    model = network()
+    penalty = halo(model).to("meta")
+    optimizer = kind(penalty, **FACTORS)
+    with pytest.raises(ValueError, match=r"'0.weight' is on cpu, its lam on meta: .*penalty.to\('cpu'\)"):
+        optimizer.step()
+
+
+def test_a_weight_of_another_shape_is_an_error():
+    model = network()
+    penalty = halo(model)
+    model[0].weight.data = torch.ones(1, 3, 3, 3)  # which would broadcast
+    with pytest.raises(ValueError, match=r"\(1, 3, 3, 3\).*\(4, 3, 3, 3\)"):
+        penalty.add_grad_()
+
+
+def test_the_network_may_change_its_type_and_layout_and_lam_keeps_its_type():
+    model = network()
+    model.penalty = halo(model, xi=1e-8, lambda_init=1e-6)
+    model.half()
+    lam = model.penalty.lambdas["0.weight"]
+    assert model[0].weight.dtype == torch.float16 and lam.dtype == torch.float32 and (lam == 1e-6).all()
+    model.double()
+    model.penalty.add_grad_()
+    assert model[0].weight.grad.dtype == torch.float64 and lam.dtype == torch.float32
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_layout_that_changes_later_is_followed(weights):
+    """The kernel walks w and lam by address, so that different layouts would pair the wrong elements."""
+    results = []
+    for later in (False, True):
+        model = network()
+        if not later:
+            model.to(memory_format=torch.channels_last)
+        penalty = halo(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        lam_optimizer = FusedHALO(penalty, **FACTORS, **({"weights": optimizer} if weights else {}))
+        model.to(memory_format=torch.channels_last)
+        for step in range(3):
+            loss_of(model, seed=step).backward()
+            lam_optimizer.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(weights_after(model, penalty))
+    assert_same(*results)
+
+
+def test_one_layer_of_another_type_is_refused_by_the_kernel():
+    params = random_params(torch.float32)
+    optimizer = FusedHALO(HALO(params, xi=0.1, psi=0.1), **FACTORS)
+    params["b.weight"].data = params["b.weight"].data.double()
+    with pytest.raises(ValueError, match="float64.*after moving"):
+        optimizer.step()
+
+
+def test_a_weight_that_is_frozen_later_is_refused_by_the_fused_step():
+    model = network()
+    optimizer = FusedHALO(halo(model), **FACTORS)
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen.*LambdaSGD"):
+        optimizer.step()
+
+
+def test_a_partly_frozen_network():
+    model = network()
+    penalty = halo(model)
+    optimizer = LambdaSGD(penalty, **FACTORS)
+    model[0].bias.requires_grad_(False)
+    before = model[0].bias.clone()
+    for _ in range(3):
+        weights = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+        loss_of(model).backward()
+        optimizer.step()
+        weights.step()
+        weights.zero_grad()
+    assert torch.equal(model[0].bias, before) and model[0].bias.grad is None
+
+
+# Accumulation and clipping
+
+
+@pytest.mark.parametrize("kind", ["halo", "l1", "lam", "fused"])
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_accumulation_adds_the_penalty_once_or_says_so(kind, fused, set_to_none):
+    model = network()
+    params = penalized_parameters(model)
+    penalty = L1(params, xi=0.1) if kind == "l1" else HALO(params, xi=0.1, psi=0.1)
+    steps = {"lam": lambda: LambdaSGD(penalty, **FACTORS).step, "fused": lambda: FusedHALO(penalty, **FACTORS).step}
+    step = steps[kind]() if kind in steps else penalty.add_grad_
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, fused=fused)
+    for _ in range(3):  # the right order, with two backward passes a step
+        for micro in range(2):
+            loss_of(model, seed=micro).backward()
+        step()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+    loss_of(model).backward()
+    step()
+    loss_of(model).backward()
+    with pytest.raises(ValueError, match="once a step, after the last backward pass"):
+        step()
+
+
+def test_accumulation_with_the_weights_in_the_pass_cannot_go_wrong():
+    results = []
+    for often in (False, True):
+        model = network()
+        penalty, optimizer = halo(model), torch.optim.SGD(model.parameters(), 0.1)
+        lam_optimizer = FusedHALO(penalty, **FACTORS, weights=optimizer)
+        for micro in range(3):
+            loss_of(model, seed=micro).backward()
+            if often:
+                lam_optimizer.step()
+        if not often:
+            lam_optimizer.step()
+        optimizer.step()
+        results.append(weights_after(model, penalty))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_clipping_is_the_same_before_and_after_the_pass_with_the_weights(kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(lambda_sgd, "load_kernel", no_compiler)
+    results = []
+    for order in ("before", "after", "readable"):
+        model = network()
+        penalty, optimizer = halo(model), torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+        options = {} if order == "readable" else {"weights": optimizer}
+        lam_optimizer = (LambdaSGD if order == "readable" else FusedHALO)(penalty, **FACTORS, **options)
+        for step in range(3):
+            loss_of(model, seed=step).backward()
+            if order == "after":
+                lam_optimizer.step()
+            assert nn.utils.clip_grad_norm_(model.parameters(), 0.1) > 0.2
+            if order != "after":
+                lam_optimizer.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(weights_after(model, penalty))
+    assert_same(results[0], results[1], rtol=0, atol=0)
+    assert_same(results[0], results[2], rtol=1e-5, atol=1e-6)
+
+
+# Optimizers of the weights
+
+
+def test_adamw_with_parameter_groups():
+    model = network()
+    penalty = halo(model)
+    groups = [{"params": model[0].parameters(), "weight_decay": 0.1}, {"params": model[4].parameters(), "lr": 1e-2}]
+    optimizer, lam_optimizer = torch.optim.AdamW(groups, 1e-3), FusedHALO(penalty, **FACTORS)
+    plain = copy.deepcopy(model)
+    loss_of(model).backward()
+    lam_optimizer.step()
+    expected = [p.grad.clone() for p in model[0].parameters()]
+    optimizer.step()
+    # AdamW's first step is lr * sign(gradient), after the decay
+    for before, after, grad in zip(plain[0].parameters(), model[0].parameters(), expected, strict=True):
+        torch.testing.assert_close(after, before * (1 - 1e-3 * 0.1) - 1e-3 * grad.sign(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda m: torch.optim.AdamW(m.parameters()), "AdamW.*leave out weights="),
+        (lambda m: torch.optim.SGD([{"params": m[0].parameters()}, {"params": m[4].parameters()}], 0.1), "has 2"),
+        (lambda m: torch.optim.SGD(m[4].parameters(), 0.1), "'0.weight' is penalised.*does not have it"),
+        (lambda m: torch.optim.SGD([{"params": m.parameters(), "nesterov": True}], 0.1, 0.9), "nesterov=True"),
+        (lambda m: torch.optim.SGD(m.parameters(), 0.1, 0.9, maximize=True), "without maximize"),
+    ],
+)
+def test_weights_that_the_pass_cannot_take(make, words):
+    model = network()
+    with pytest.raises(ValueError, match=words) as error:
+        FusedHALO(halo(model), **FACTORS, weights=make(model))
+    assert "nesterov" in words or "nesterov" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["lam", "fused", "weights"])
+def test_a_closure_is_called_and_its_loss_returned(kind):
+    model = network()
+    penalty, optimizer = halo(model), torch.optim.SGD(model.parameters(), 0.1)
+    options = {"weights": optimizer} if kind == "weights" else {}
+    lam_optimizer = (LambdaSGD if kind == "lam" else FusedHALO)(penalty, **FACTORS, **options)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    before = weights_after(penalty)
+    assert lam_optimizer.step(closure).item() == pytest.approx(loss_of(network()).item())
+    optimizer.step()
+    assert all((a != b).any() for a, b in zip(before, weights_after(penalty), strict=True))
+    assert lam_optimizer.step() is None and lam_optimizer.step(closure=None) is None
+    if kind == "weights":
+        with pytest.raises(ValueError, match="closure before"):
+            optimizer.step(closure)
+
+
+def test_a_scheduler_of_the_optimizer_of_lam():
+    model = network()
+    lam_optimizer = FusedHALO(halo(model), **FACTORS, weights=torch.optim.SGD(model.parameters(), 0.1))
+    once = torch.optim.lr_scheduler.OneCycleLR(lam_optimizer, max_lr=0.05, total_steps=4)
+    moved = []
+    for _ in range(3):
+        before = weights_after(lam_optimizer.penalty)[0]
+        loss_of(model).backward()
+        lam_optimizer.step()
+        lam_optimizer._weights.step()
+        once.step()
+        moved.append((before - weights_after(lam_optimizer.penalty)[0]).abs().max().item())
+    assert moved[0] < moved[1] and lam_optimizer.param_groups[0]["lr"] != 0.05
+
+
+# Copies and files
+
+
+@pytest.mark.parametrize("kind", ["lam", "fused", "weights"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))])
+def test_a_copy_of_all_goes_on_as_the_original_does(kind, copied):
+    model = network()
+    penalty, optimizer = halo(model), torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    options = {"weights": optimizer} if kind == "weights" else {}
+    lam_optimizer = (LambdaSGD if kind == "lam" else FusedHALO)(penalty, **FACTORS, **options)
+
+    def go_on(model, optimizer, penalty, lam_optimizer):
+        for step in range(2):
+            loss_of(model, seed=step).backward()
+            lam_optimizer.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        return weights_after(model, penalty)
+
+    go_on(model, optimizer, penalty, lam_optimizer)
+    parts = copied((lam_optimizer, penalty, model, optimizer))
+    before = weights_after(model, penalty)
+    theirs = go_on(parts[2], parts[3], parts[1], parts[0])
+    assert_same(weights_after(model, penalty), before, rtol=0, atol=0)
+    assert_same(go_on(model, optimizer, penalty, lam_optimizer), theirs, rtol=0, atol=0)
+    assert parts[1].penalized.model is parts[2]
+    assert (theirs[0] != before[0]).any() and (theirs[-1] != before[-1]).any()
+
+
+def test_lam_and_its_momentum_are_saved_by_state_dicts(tmp_path):
+    def parts():
+        model = network()
+        penalty = halo(model)
+        return model, torch.optim.AdamW(model.parameters(), 1e-2), penalty, FusedHALO(penalty, **FACTORS)
+
+    def go_on(model, optimizer, penalty, lam_optimizer):
+        for step in range(2):
+            loss_of(model, seed=step).backward()
+            lam_optimizer.step()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    first, second = parts(), parts()
+    go_on(*first)
+    torch.save([part.state_dict() for part in first], tmp_path / "checkpoint.pt")
+    for part, state in zip(second, torch.load(tmp_path / "checkpoint.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    go_on(*first)
+    go_on(*second)
+    assert_same(weights_after(first[0], first[2]), weights_after(second[0], second[2]), rtol=0, atol=0)
+
+
+def test_lam_that_was_exchanged_is_noticed():
+    penalty = halo(network())
+    optimizer = LambdaSGD(penalty, **FACTORS)
+    penalty.load_state_dict(halo(network()).state_dict(), assign=True)
+    with pytest.raises(ValueError, match="lam was exchanged"):
+        optimizer.step()
+
+
+def test_a_penalty_inside_the_network_does_no_harm():
+    """lam is then among model.parameters(), and neither clipped nor stepped by the optimizer of the weights."""
+    results = []
+    for inside in (False, True):
+        model = network()
+        penalty = halo(model)
+        if inside:
+            model.penalty = penalty
+            assert any(p is penalty.lambdas["0.weight"] for p in model.parameters())
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)
+        lam_optimizer = LambdaSGD(penalty, **FACTORS)
+        for step in range(3):
+            images, labels = batch(seed=step)
+            logits = images
+            for layer in list(model)[:5]:
+                logits = layer(logits)
+            F.cross_entropy(logits, labels).backward()
+            lam_optimizer.step()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([*weights_after(penalty), *(p.detach() for p in penalty.penalized.values())])
+        assert not inside or pickle.loads(pickle.dumps(model)).penalty.penalized.model[0].weight.shape == (4, 3, 3, 3)
+    assert_same(*results, rtol=0, atol=0)
+
+
+# Networks
+
+
+def test_a_compiled_network():
+    results = []
+    for compiled in (False, True):
+        model = network()
+        forward = torch.compile(model, backend="eager") if compiled else model
+        penalty, optimizer = halo(forward), torch.optim.AdamW(forward.parameters(), 1e-2)
+        lam_optimizer = LambdaSGD(penalty, **FACTORS)
+        for step in range(3):
+            loss_of(forward, seed=step).backward()
+            lam_optimizer.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(weights_after(model, penalty))
+    assert_same(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformer_encoder():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    penalty = HALO(penalized_parameters(model, linear=True), xi=0.1, psi=0.01)
+    optimizer, lam_optimizer = torch.optim.AdamW(model.parameters(), 1e-2), LambdaSGD(penalty, **FACTORS)
+    norm = [sum(w.abs().sum().item() for w in penalty.penalized.values())]
+    for _ in range(20):
+        model(torch.randn(4, 5, 8)).square().mean().backward()
+        lam_optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    norm.append(sum(w.abs().sum().item() for w in penalty.penalized.values()))
+    assert norm[1] < 0.8 * norm[0]
+
+
+# The floor under |lam|
+
+
+def forms():
+    """Every form of the step, by name: a function that makes one from a penalty."""
+
+    def plain(penalty, factors):
+        optimizer = torch.optim.SGD(penalty.parameters(), **factors)
+
+        def step():
+            optimizer.zero_grad()
+            penalty().backward()
+            optimizer.step()
+
+        return step
+
+    return {
+        "forward": plain,
+        "readable": lambda penalty, factors: LambdaSGD(penalty, **factors).step,
+        "kernel": lambda penalty, factors: FusedHALO(penalty, **factors).step,
+        "pieces": lambda penalty, factors: FusedHALO(penalty, **factors).step,
+    }
+
+
+@pytest.mark.parametrize(
+    "form, start, steps", [("kernel", 1.0, 3500), *((form, x, 50) for form in forms() for x in (0.0, -0.0, -1e-30))]
+)
+def test_lam_that_reaches_zero_stays_finite(form, start, steps, monkeypatch):
+    """A weight that is 0 leaves lam to its decay, which takes it from 1 to 0 in some 3,000 steps."""
+    if form == "pieces":
+        monkeypatch.setattr(lambda_sgd, "load_kernel", no_compiler)
+    w = nn.Parameter(torch.tensor([0.0, 0.0, 0.5]))
+    penalty = HALO({"w": w}, xi=1e-8, psi=0.0)
+    penalty.lambdas["w"].data[:2] = start
+    step = forms()[form](penalty, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5})
+    for _ in range(steps):
+        w.grad = None
+        step()
+    assert (penalty.lambdas["w"][:2].abs() < (1e-37 if start == 1 else LAMBDA_FLOOR)).all()
+    assert penalty.lambdas["w"].isfinite().all() and penalty().isfinite() and w.grad.isfinite().all()
+    assert penalty.strength(penalty.lambdas["w"]).isfinite().all()
+
+
+@pytest.mark.parametrize("lam", [0.0, 1e-13, -1e-20, 1e-12, -3e-12, 0.2])
+def test_at_the_floor_all_forms_agree_and_lam_comes_back(lam, monkeypatch):
+    """As if |lam| were the floor: strength xi / floor^2, and a weight that is not 0 pushes lam up again."""
+    results = {}
+    for form, make in forms().items():
+        if form == "pieces":
+            monkeypatch.setattr(lambda_sgd, "load_kernel", no_compiler)
+        w = nn.Parameter(torch.tensor([1e-20, -3e-20]))
+        penalty = HALO({"w": w}, xi=1e-8, psi=0.0)
+        penalty.lambdas["w"].data.fill_(lam)
+        make(penalty, {"lr": 1e-5, "momentum": 0.0})()
+        results[form] = w.grad.clone(), penalty.lambdas["w"].detach().clone()
+    acting = max(abs(lam), LAMBDA_FLOOR)
+    assert results["forward"][0].tolist() == pytest.approx([1e-8 / acting**2, -1e-8 / acting**2], rel=1e-4)
+    for weight_grad, stepped in results.values():
+        torch.testing.assert_close(weight_grad, results["forward"][0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(stepped, results["forward"][1], rtol=1e-5, atol=0)
+    if abs(lam) <= LAMBDA_FLOOR:
+        assert (results["kernel"][1].abs() > LAMBDA_FLOOR).all()
+
+
+def test_sws_at_zero_stays_finite():
+    w = nn.Parameter(torch.zeros(3))
+    penalty = SWS({"w": w}, xi=1e-8, psi=0.1)
+    penalty.lam.data.zero_()
+    LambdaSGD(penalty, **FACTORS).step()
+    assert penalty.lam.isfinite() and penalty().isfinite() and w.grad.isfinite().all()
+
+
+def test_named_parameters_keep_their_model_through_copies():
+    model = network()
+    params = NamedParameters({"0.weight": model[0].weight}, model)
+    twin = copy.deepcopy(params)
+    assert twin.model is not model and twin["0.weight"] is twin.model[0].weight
