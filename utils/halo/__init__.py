@@ -1,6 +1,6 @@
 """HALO (Hierarchical Adaptive Lasso, arXiv 2008.10183) on torch alone, for any training loop.
 
-May enter: the penalties, the step of lam, which tensors, exact pruning. May not: anything but torch and this folder.
+May enter: the penalties, the step of lam, which tensors, exact pruning, sparse inference. May not: anything but torch and this folder.
 Installed, this folder is the package `halo`.
 """
 
@@ -18,6 +18,7 @@ from .pruning import (
     sparsity_per_layer,
 )
 from .shrink import shrink
+from .sparse import SparseNetwork
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "LambdaSGD",
     "LayerSparsity",
     "Penalty",
+    "SparseNetwork",
     "count_macs",
     "make_penalty",
     "penalized_parameters",

@@ -7,11 +7,11 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-# Nothing that changes results: no -ffast-math, which would lose NaN, and no fusing of operations behind our back.
-EXACT = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-FLAGS = ["-O3", "-march=native", *EXACT, "-fopenmp", "-fPIC"]
+# Nothing that changes results: no -ffast-math, which would lose NaN.
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
 
 
 def find_compiler() -> str | None:
@@ -19,11 +19,14 @@ def find_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or "g++")
 
 
-def load_native(source: Path) -> ctypes.CDLL:
+def load_native(source: Path, *, fuse: bool = False, flags: Sequence[str] = ()) -> ctypes.CDLL:
     """Compile a C++ file for this processor (a quarter of a second) and load it; nothing stays on disk.
 
     Args:
         source: the file; its functions are declared extern "C".
+        fuse: whether the compiler may round a product and a sum once instead of twice. Inference may; a step of
+            training may not, since it states its operations.
+        flags: further options of the compiler.
 
     Returns:
         The library.
@@ -37,7 +40,8 @@ def load_native(source: Path) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         compiled, library = f"{folder}/{source.stem}.o", f"{folder}/{source.stem}.so"
         # Linked without -fopenmp, so that OpenMP is the one that torch has loaded: two would fight for the cores.
-        for command in ([*FLAGS, "-c", str(source), "-o", compiled], ["-shared", compiled, "-o", library]):
+        options = [*FLAGS, f"-ffp-contract={'fast' if fuse else 'off'}", *flags]
+        for command in ([*options, "-c", str(source), "-o", compiled], ["-shared", compiled, "-o", library]):
             done = subprocess.run([compiler, *command], capture_output=True, text=True)
             if done.returncode:
                 raise OSError(f"{compiler} failed: {(done.stderr or 'no message').strip().splitlines()[0]}")
