@@ -25,6 +25,7 @@ def get_parser() -> argparse.ArgumentParser:
     options.add_model(parser, CIFAR_ARCHS, default="vgg16_bn")
     options.add_penalty(parser)
     options.add_training(parser)
+    options.add_zeros(parser)
     options.add_run(parser)
     return parser
 

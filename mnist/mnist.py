@@ -27,6 +27,7 @@ PRUNE_ONLY = ("scheme", "recalibrate_bn")
 TRAIN_ONLY = (
     *("penalty", "xi", "psi", "lambda_init", "reg_lr", "reg_wd", "released_lr", "evaluate", "no_test"),
     *("epochs", "train_batch", "lr", "momentum", "wd", "schedule", "gamma", "amp", "compile"),
+    *("start", "mask", "gmp", "gmp_epochs"),
 )
 
 
@@ -37,6 +38,7 @@ def get_parser() -> argparse.ArgumentParser:
     options.add_model(parser, MNIST_ARCHS, default="lenet_300_100", own=False, recorded=True)
     options.add_penalty(parser)
     options.add_training(parser)
+    options.add_zeros(parser)
     options.add_run(parser)
     options.add_prune(parser, SCHEMES)
     # The release decays every 25,000 steps of 100 images; these are the nearest whole epochs of 600 steps.

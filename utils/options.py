@@ -195,6 +195,17 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="compile the network: up to a minute the first time, then cached")
 
 
+def add_zeros(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what a run begins from, and which of its weights are zero."""
+    add = parser.add_argument_group("beginning, and zeros (docs/after_pruning.md)").add_argument
+    add("--start", metavar="FILE", help="begin a new run from the weights of a checkpoint or compact file")
+    add("--mask", metavar="FILE", help="the prunable weights that are zero in FILE stay zero from first to last step")
+    text = "gradual magnitude pruning: the fraction of zeros rises to P while training (Zhu and Gupta 2017)"
+    add("--gmp", type=real(0, high=1, nonzero=True), metavar="P", help=text)
+    text = "when it rises, in epochs (default: from 1/12 to 2/3 of all)"
+    add("--gmp_epochs", type=real(0), nargs=2, metavar=("A", "B"), help=text)
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the options of a run: where it writes, where it computes, what it starts from."""
     add = parser.add_argument_group("run").add_argument
@@ -241,8 +252,41 @@ def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], i
         raise OptionError("--no_test leaves nothing to choose the best epoch on: add --val_split N")
     if args.evaluate and not args.resume:
         raise OptionError("--evaluate needs the checkpoint to evaluate: add --resume FILE")
+    resolve_zeros(args)
     if args.save_dir is None:
         args.save_dir = f"runs/{args.dataset}_{args.arch.replace(':', '_')}_{args.penalty}_seed{args.seed}"
+
+
+def resolve_zeros(args: argparse.Namespace) -> None:
+    """Check the options of beginning and zeros, and say when --gmp prunes unless a checkpoint will, in place.
+
+    Raises:
+        OptionError: they do not go together.
+    """
+    if args.start and args.resume:
+        raise OptionError("--start begins a new run, --resume continues one, which holds its weights: give one of them")
+    if args.mask and args.gmp:
+        raise OptionError("--mask fixes the zeros, --gmp chooses them: give one of them")
+    if args.evaluate and (args.mask or args.gmp):
+        raise OptionError(f"--{'mask' if args.mask else 'gmp'} does nothing with --evaluate: leave it out")
+    if args.gmp and not args.gmp_epochs and not args.resume:
+        args.gmp_epochs = [args.epochs / 12, args.epochs * 2 / 3]
+    check_gmp(args)
+
+
+def check_gmp(args: argparse.Namespace) -> None:
+    """Raise unless the epochs of --gmp lie within the run.
+
+    Raises:
+        OptionError: they do not, or there are none to be given.
+    """
+    if not args.gmp_epochs:
+        return
+    if not args.gmp:
+        raise OptionError("--gmp_epochs does nothing without --gmp P: leave it out")
+    first, last = args.gmp_epochs
+    if not first < last <= args.epochs:
+        raise OptionError(f"--gmp_epochs {first:g} {last:g} must be A < B <= --epochs {args.epochs}")
 
 
 def add_prune(parser: argparse.ArgumentParser, schemes: Iterable[str]) -> None:

@@ -79,11 +79,17 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, path: str | Path) -> None:
-    """Copy a state_dict into a network, or say how the two differ.
+    """Copy a state_dict into a network, changed in place, or say how the two differ; see `check_network`."""
+    check_network(model, state_dict, path=path)
+    model.load_state_dict(state_dict)
+
+
+def check_network(model: nn.Module, state_dict: Mapping[str, Tensor], *, path: str | Path) -> None:
+    """Raise unless a state_dict is of this network.
 
     Args:
-        model: the network, changed in place.
-        state_dict: its values by name.
+        model: the network.
+        state_dict: values by name.
         path: where they came from, for the message.
 
     Raises:
@@ -99,4 +105,3 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, path: st
         raise CheckpointError(
             f"{path} is of another network ({len(names)} entries differ): {'; '.join(shown)}: {remedy}"
         )
-    model.load_state_dict(state_dict)

@@ -4,7 +4,9 @@ May enter: the penalties, the step of lam, which tensors, exact pruning, sparse 
 Installed, this folder is the package `halo`.
 """
 
+from .gradual import GradualPruning
 from .lambda_sgd import FusedHALO, LambdaSGD
+from .masks import FixedZeros
 from .parameters import penalized_parameters, prunable_weights
 from .penalties import HALO, L1, MCP, SWS, Penalty, make_penalty
 from .pruning import (
@@ -26,7 +28,9 @@ __all__ = [
     "L1",
     "MCP",
     "SWS",
+    "FixedZeros",
     "FusedHALO",
+    "GradualPruning",
     "LambdaSGD",
     "LayerSparsity",
     "Penalty",

@@ -43,17 +43,40 @@ def _check_weights(weights: Mapping[str, Tensor], fraction: float) -> None:
             raise ValueError(f"{name} holds NaN or infinity, whose magnitude has no order: use an earlier checkpoint")
 
 
+def smallest(magnitudes: Tensor, count: int) -> Tensor:
+    """Return a mask, True at exactly `count` smallest elements of a vector; equal ones go in order of position."""
+    if not 0 < count < len(magnitudes):
+        return torch.full_like(magnitudes, count > 0, dtype=torch.bool)
+    threshold = magnitudes.kthvalue(count).values
+    chosen = magnitudes < threshold
+    ties = (magnitudes == threshold).nonzero().squeeze(1)
+    chosen[ties[: count - int(chosen.count_nonzero())]] = True
+    return chosen
+
+
 def _smallest(magnitudes: Tensor, fraction: float) -> Tensor:
-    """Return the positions of the round(n * fraction) smallest of the n non-zero magnitudes; ties in order."""
-    candidates = magnitudes.nonzero().squeeze(1)
-    count = round(len(candidates) * fraction)
-    return candidates[magnitudes[candidates].argsort(stable=True)[:count]]
+    """Return the mask of the round(n * fraction) smallest of the n non-zero magnitudes; ties in order."""
+    left = int(magnitudes.count_nonzero())
+    return smallest(magnitudes, len(magnitudes) - left + round(left * fraction)).logical_and_(magnitudes != 0)
 
 
 def _random(magnitudes: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return `count` random positions among the non-zero ones."""
+    """Return the mask of `count` random ones of the non-zero magnitudes."""
     candidates = magnitudes.nonzero().squeeze(1)
-    return candidates[torch.randperm(len(candidates), generator=generator)[:count]]
+    chosen = torch.zeros_like(magnitudes, dtype=torch.bool)
+    chosen[candidates[torch.randperm(len(candidates), generator=generator)[:count]]] = True
+    return chosen
+
+
+def fraction_to_reach(weights: Mapping[str, Tensor], sparsity: float) -> float:
+    """Return the fraction of the non-zero weights that is to go for this fraction of all weights to be zero.
+
+    Pruning by it leaves exactly round(n * sparsity) zeros among all n weights; 0.0 where there are that many already.
+    """
+    total = sum(w.numel() for w in weights.values())
+    left = sum(int(w.count_nonzero()) for w in weights.values())
+    missing = round(total * sparsity) - (total - left)
+    return missing / left if missing > 0 else 0.0
 
 
 def _flat_magnitudes(weights: Mapping[str, Tensor]) -> Tensor:
@@ -61,12 +84,10 @@ def _flat_magnitudes(weights: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _zero_(weights: Mapping[str, Tensor], positions: Tensor) -> None:
-    """Set the elements at these positions of the concatenation of all tensors to zero."""
-    keep = torch.ones(sum(w.numel() for w in weights.values()), dtype=torch.bool)
-    keep[positions] = False
-    for w, kept in zip(weights.values(), keep.split([w.numel() for w in weights.values()]), strict=True):
-        w.masked_fill_(~kept.reshape(w.shape).to(w.device), 0)
+def _zero_(weights: Mapping[str, Tensor], gone: Tensor) -> None:
+    """Set the elements where the mask of the concatenation of all tensors is True to zero."""
+    for w, part in zip(weights.values(), gone.split([w.numel() for w in weights.values()]), strict=True):
+        w.masked_fill_(part.reshape(w.shape).to(w.device), 0)
 
 
 def prune_by_magnitude_(weights: Mapping[str, Tensor], fraction: float) -> list[LayerSparsity]:
@@ -120,10 +141,8 @@ def prune_shuffled_(
 ) -> list[LayerSparsity]:
     """Remove from every layer as many weights as global magnitude pruning would, at random positions, in place."""
     _check_weights(weights, fraction)
-    sizes = [w.numel() for w in weights.values()]
-    removed = torch.zeros(sum(sizes), dtype=torch.bool)
-    removed[_smallest(_flat_magnitudes(weights), fraction)] = True
-    for (name, w), part in zip(weights.items(), removed.split(sizes), strict=True):
+    removed = _smallest(_flat_magnitudes(weights), fraction).split([w.numel() for w in weights.values()])
+    for (name, w), part in zip(weights.items(), removed, strict=True):
         magnitudes = _flat_magnitudes({name: w})
         _zero_({name: w}, _random(magnitudes, int(part.sum()), generator))
     return sparsity_per_layer(weights)

@@ -21,6 +21,7 @@ from utils.training.experiment import Experiment, train_or_evaluate
 from utils.training.state import FREE_ON_RESUME
 from utils.training.statistics import flatten, rank_correlation
 
+NO_ZEROS = {"start": None, "mask": None, "gmp": None, "gmp_epochs": None}  # which older runs do not record
 LABELS = {
     "halo": "HALO",
     "averaged": "lam averaged per layer, each epoch",
@@ -70,6 +71,9 @@ def load_run(folder: str | Path) -> HaloRun:
     config = state.get("config", {})
     if config.get("penalty") != "halo" or not config.get("val_split"):
         raise ValueError(f"{folder} is no run with --halo and --val_split: give the folder of one")
+    zeros = [f"--{name}" for name in NO_ZEROS if config.get(name)]
+    if zeros:
+        raise ValueError(f"{folder} was trained with {zeros[0]}, which its controls cannot repeat: give a plain run")
     with open(folder / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return HaloRun(folder, state, tuple(float(row["strength_q50"]) for row in rows), float(rows[-1]["lr"]))
@@ -144,7 +148,7 @@ def train_control(run: HaloRun, name: str, folder: Path, *, data: str, epochs: i
         epochs: of those that go on from the end of the run.
     """
     config = {key: value for key, value in run.state["config"].items() if key != "num_classes"}
-    config = options.NO_IMAGE_OPTIONS | config  # an older version has none of them
+    config = options.NO_IMAGE_OPTIONS | NO_ZEROS | config  # an older version has none of them
     fixed = {"data": data, "no_test": True, "evaluate": False, "overwrite": False, "resume": None}
     if name == "halo":
         return argparse.Namespace(**config | fixed | {"save_dir": str(run.folder)})

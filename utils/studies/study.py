@@ -164,6 +164,7 @@ def training_arguments(study: Study, config: Config, *, seed: int, folder: Path,
     parser = _parser(study)
     options.add_penalty(parser)
     options.add_training(parser)
+    options.add_zeros(parser)
     options.add_run(parser)
     own = ["--data", data, "--save_dir", str(folder / "run"), "--seed", str(seed), "--no_test"]
     args = parser.parse_args([*study.options, *config.flags, *own])

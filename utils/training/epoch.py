@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils.halo.lambda_sgd import LambdaSGD
+from utils.halo.masks import FixedZeros
 from utils.halo.penalties import Penalty
 from utils.training.dataset import Batch
 from utils.training.meters import Metrics
@@ -33,6 +34,7 @@ def train_one_epoch(
     device: torch.device,
     forward: Callable[[Tensor], Tensor] | None = None,
     precision: Precision | None = None,
+    zeros: FixedZeros | None = None,
     on_batch: Callable[[int, Metrics], None] | None = None,
 ) -> dict[str, float]:
     """Train for one pass over the batches: cross-entropy by autograd, the penalty's gradient in closed form.
@@ -46,6 +48,7 @@ def train_one_epoch(
         device: where all of them are.
         forward: runs the network, compiled or distributed; None for the network itself.
         precision: of the forward and backward pass; None for fp32.
+        zeros: holds weights at zero; None for none.
         on_batch: called with the number of batches done and the metrics so far, where the host waits anyway.
 
     Returns:
@@ -73,9 +76,13 @@ def train_one_epoch(
             if on_batch:
                 on_batch(index, metrics)
         precision.backward(loss if weight == 1 else loss * weight, optimizer)
+        if zeros:
+            zeros.clear_grad_()
         step_penalty()
         precision.step(optimizer)
         optimizer.zero_grad()
+        if zeros:
+            zeros.advance_()
         if weight:
             metrics.add(loss, logits, labels)
     if losses:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from models import build_model, check_own_network, takes_linear
 from utils.distributed import is_main, lost, main_first, process_group, processes, rank, replicate
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.files.record import read_record
+from utils.halo.masks import FixedZeros
 from utils.halo.parameters import penalized_parameters
 from utils.halo.penalties import Penalty, make_penalty
 from utils.logger import epoch_line, result_text, say, warn
@@ -29,6 +31,7 @@ from utils.training.outputs import write_outputs
 from utils.training.precision import Precision
 from utils.training.row import run_epoch, seconds_an_epoch
 from utils.training.state import describe_images, load_state, network_state, save_state, where_to_go_on
+from utils.training.zeros import begin, describe_zeros
 
 
 class Experiment:
@@ -68,6 +71,7 @@ class Experiment:
         if args.compile:
             self.forward = CompiledNetwork(self.forward, batch_size=len(range(rank(), args.train_batch, processes())))
         self.optimizers, self.schedulers = make_optimizers(model, penalty, args)
+        self.zeros: FixedZeros | None = None  # set by begin() or load_state()
 
     @property
     def epoch(self) -> int:
@@ -76,8 +80,13 @@ class Experiment:
 
     @property
     def best(self) -> dict | None:
-        """The row of the best epoch on the held-out images (the first of equals)."""
-        return max(self.history, key=lambda row: row[f"{self.held_out}_top1"], default=None)
+        """The row of the best epoch on the held-out images (the first of equals).
+
+        With --gmp, of the epochs at whose end the mask is final; until then the last one.
+        """
+        final = min(math.ceil(self.args.gmp_epochs[1]), self.epoch) if self.args.gmp else 0
+        rows = [row for row in self.history if row["epoch"] >= final]
+        return max(rows, key=lambda row: row[f"{self.held_out}_top1"], default=None)
 
     def run_epoch(self) -> dict:
         """Train and evaluate once; return the row for log.csv. Nothing is written."""
@@ -182,8 +191,11 @@ def train(
         say(line)
     if state is not None:
         load_state(experiment, state, args.resume)
-    elif is_main():
-        clear_run(experiment.folder)
+    else:
+        begin(experiment)
+        if is_main():
+            clear_run(experiment.folder)
     if is_main():
-        write_json(experiment.folder / "config.json", describe(args, device) | describe_images(data))
+        described = describe(args, device) | describe_images(data) | describe_zeros(experiment)
+        write_json(experiment.folder / "config.json", described)
     return experiment.run()

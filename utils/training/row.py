@@ -13,6 +13,7 @@ from utils.logger import BatchBar, clock
 from utils.training.epoch import evaluate, train_one_epoch
 from utils.training.meters import Metrics
 from utils.training.statistics import near_zero, penalty_statistics
+from utils.training.zeros import sparsity
 
 if TYPE_CHECKING:
     from utils.training.experiment import Experiment
@@ -57,6 +58,7 @@ def run_epoch(run: Experiment) -> dict:
             device=run.device,
             forward=run.forward,
             precision=run.precision,
+            zeros=run.zeros,
             on_batch=show,
         )
     finally:
@@ -78,6 +80,7 @@ def run_epoch(run: Experiment) -> dict:
         "train_top5": train["top5"],
         **{f"{run.held_out}_{key}": value for key, value in held_out.items()},
         **near_zero(run.penalty.penalized),
+        **sparsity(run),
         **penalty_statistics(run.penalty),
         "seconds": time.perf_counter() - start,
         "images_per_second": len(run.data.train.labels) / training_seconds,

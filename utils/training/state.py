@@ -12,6 +12,8 @@ import torch
 from utils.distributed import is_main, processes, require_equal
 from utils.files.checkpoint import CheckpointError, load_weights, save_checkpoint
 from utils.logger import write_csv
+from utils.options import check_gmp
+from utils.training.zeros import describe_zeros, restore
 
 if TYPE_CHECKING:
     from utils.training.dataset import Dataset
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 # Options that a resumed run may change: none of them alters what an epoch computes, beyond the order of sums.
 FREE_ON_RESUME = {"epochs", "data", "save_dir", "device", "test_batch", "overwrite", "resume", "evaluate", "compile"}
+# Options that a resumed run takes from its checkpoint where they are not given.
+KEPT_ON_RESUME = ("start", "mask", "gmp_epochs")
 
 
 def network_state(run: Experiment) -> dict:
@@ -32,6 +36,7 @@ def network_state(run: Experiment) -> dict:
         "config": vars(run.args) | {"num_classes": len(run.data.classes)},
         **describe_images(run.data),
         "lambdas": {name: lam.detach() for name, lam in run.penalty.lambdas.items()},
+        **describe_zeros(run),
     }
 
 
@@ -50,6 +55,7 @@ def run_state(run: Experiment) -> dict:
         "schedulers": [{k: v for k, v in s.state_dict().items() if k != "milestones"} for s in run.schedulers],
         "scaler": run.precision.scaler.state_dict(),
         "history": run.history,
+        "zeros": run.zeros.state_dict() if run.zeros else None,
         "rng": {"torch": torch.get_rng_state(), "data": run.generator.get_state(), "cuda": cuda},
     }
 
@@ -66,6 +72,10 @@ def load_state(run: Experiment, state: dict, path: str | Path) -> None:
         CheckpointError: it is of another network, or of a run with other options.
     """
     check_same_run(run, state, path)
+    for name in KEPT_ON_RESUME:
+        if getattr(run.args, name) is None:
+            setattr(run.args, name, state["config"].get(name))
+    check_gmp(run.args)
     load_weights(run.model, state["state_dict"], path=path)
     with torch.no_grad():
         for name, lam in run.penalty.lambdas.items():
@@ -76,6 +86,7 @@ def load_state(run: Experiment, state: dict, path: str | Path) -> None:
     for scheduler, value in zip(run.schedulers, state["schedulers"], strict=True):
         scheduler.load_state_dict(value)
     run.precision.scaler.load_state_dict(state["scaler"])
+    restore(run, state)
     run.history = state["history"]
     torch.set_rng_state(state["rng"]["torch"])
     run.generator.set_state(state["rng"]["data"])
@@ -94,9 +105,11 @@ def check_same_run(run: Experiment, state: dict, path: str | Path) -> None:
         load_weights(run.model, state["state_dict"], path=path)  # another network is the better message
         raise CheckpointError(f"{path} holds no {missing[0]!r} to continue with: resume from a checkpoint.pth.tar")
     config, mine = state["config"], vars(run.args) | {"num_classes": len(run.data.classes)}
-    changed = [key for key in config if key not in FREE_ON_RESUME and config[key] != mine.get(key)]
+    kept = {key for key in KEPT_ON_RESUME if mine[key] is None}
+    keys = [key for key in {**config, "mask": None, "gmp": None} if key not in FREE_ON_RESUME | kept]
+    changed = [key for key in keys if config.get(key) != mine.get(key)]
     if changed:
-        was = ", ".join(f"{key} {config[key]} (now {mine.get(key)})" for key in changed[:3])
+        was = ", ".join(f"{key} {config.get(key)} (now {mine.get(key)})" for key in changed[:3])
         raise CheckpointError(f"{path} is of another run: {was}; give the same options, or start a new run")
     if state["epoch"] > run.args.epochs:
         raise CheckpointError(f"{path} has {state['epoch']} epochs already: give --epochs {state['epoch']} or more")
@@ -110,6 +123,7 @@ def save_state(run: Experiment) -> None:
     """
     require_equal(run.penalty.lambdas, "lam")
     require_equal(run.model.state_dict(), "the network")
+    require_equal(run.zeros.masks if run.zeros else {}, "the mask")
     if not is_main():
         return
     if run.history and run.best is run.history[-1]:
@@ -120,9 +134,9 @@ def save_state(run: Experiment) -> None:
 
 def where_to_go_on(run: Experiment) -> str:
     """Say which checkpoint a stopped run left, and the command that continues it."""
-    arguments = [a for a in sys.argv[1:] if a != "--overwrite" and not a.startswith("--resume=")]
-    if "--resume" in arguments:
-        position = arguments.index("--resume")
+    arguments = [a for a in sys.argv[1:] if a != "--overwrite" and not a.startswith(("--resume=", "--start="))]
+    for option in {"--resume", "--start"} & {*arguments}:
+        position = arguments.index(option)
         del arguments[position : position + 2]
     checkpoint = run.folder / "checkpoint.pth.tar"
     launcher = ["python"] if processes() == 1 else ["torchrun", "--nproc_per_node", str(processes())]

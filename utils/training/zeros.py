@@ -1,0 +1,97 @@
+"""What a new run begins from, and which of its weights are zero: by a file, by a schedule, or none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from models import ARCHS
+from utils.files.checkpoint import check_network, load_checkpoint, load_weights
+from utils.halo.gradual import GradualPruning
+from utils.halo.masks import FixedZeros
+from utils.halo.parameters import prunable_weights
+from utils.halo.pruning import overall_sparsity, sparsity_per_layer
+from utils.logger import warn
+from utils.options import OptionError
+from utils.run import RUN_FILES
+
+if TYPE_CHECKING:
+    from utils.training.experiment import Experiment
+
+
+def begin(run: Experiment) -> None:
+    """Begin a new run as --start, --mask and --gmp say.
+
+    Raises:
+        CheckpointError: a file is unusable or of another network.
+        OptionError: a file lies where the run will write.
+        ValueError: --mask names a network without zeros.
+    """
+    args = run.args
+    for path in filter(None, (args.start, args.mask)):
+        if Path(path).name in RUN_FILES and Path(path).resolve().parent == run.folder.resolve():
+            raise OptionError(f"{path} lies in --save_dir, whose run would replace it: choose another --save_dir")
+    if args.start:
+        load_weights(run.model, load_checkpoint(args.start)["state_dict"], path=args.start)
+    run.zeros = make_zeros(run, read_masks(run, args.mask) if args.mask else None)
+
+
+def read_masks(run: Experiment, path: str) -> dict[str, Tensor]:
+    """Return where the prunable weights of a file are zero, and warn of layers in which all are.
+
+    Raises:
+        CheckpointError: the file is unusable or of another network.
+        ValueError: there is no zero in it.
+    """
+    state_dict = load_checkpoint(path)["state_dict"]
+    check_network(run.model, state_dict, path=path)
+    masks = {name: state_dict[name] == 0 for name in weights_of(run)}
+    if not any(mask.any() for mask in masks.values()):
+        raise ValueError(f"{path} has no zeros to keep: prune it first, or leave --mask out")
+    for name, mask in masks.items():
+        if mask.all():
+            warn(f"--mask {path}: no weight is left in {name}, and none will come back")
+    return masks
+
+
+def weights_of(run: Experiment) -> dict[str, Tensor]:
+    """Return the prunable weights of a run."""
+    return prunable_weights(run.model, linear=ARCHS[run.args.arch].linear)
+
+
+def make_zeros(run: Experiment, masks: dict[str, Tensor] | None) -> FixedZeros | None:
+    """Return what holds weights of a run at zero, None where nothing does.
+
+    Args:
+        run: with its options.
+        masks: where, with --mask.
+    """
+    args = run.args
+    if args.mask:
+        return FixedZeros(weights_of(run), masks)
+    if not args.gmp:
+        return None
+    first, last = (round(epoch * len(run.train_loader)) for epoch in args.gmp_epochs)
+    steps = {"begin": first, "end": max(last, first + 1)}
+    return GradualPruning(weights_of(run), optimizer=run.optimizers[0], sparsity=args.gmp, **steps)
+
+
+def restore(run: Experiment, state: dict) -> None:
+    """Hold at zero what a checkpoint of the run says."""
+    run.zeros = make_zeros(run, state["zeros"]["masks"] if run.args.mask else None)
+    if run.zeros:
+        run.zeros.load_state_dict(state["zeros"])
+
+
+def describe_zeros(run: Experiment) -> dict:
+    """Return what config.json and the checkpoints say of --mask: where it is from, how many zeros, of how many."""
+    if not run.args.mask:
+        return {}
+    return {"mask": {"source": run.args.mask, "zeros": run.zeros.zeros, "prunable": run.zeros.total}}
+
+
+def sparsity(run: Experiment) -> dict[str, float]:
+    """Return the fraction of zeros among the prunable weights as `sparsity`, where a run holds some at zero."""
+    return {"sparsity": overall_sparsity(sparsity_per_layer(run.zeros.weights))} if run.zeros else {}
