@@ -23,7 +23,7 @@ from utils.stages.prune import prune_and_evaluate
 from utils.training.data import datasets_of
 from utils.training.experiment import train_or_evaluate
 
-PRUNE_ONLY = ("scheme", "recalibrate_bn")
+PRUNE_ONLY = ("of", "scheme", "recalibrate_bn")
 TRAIN_ONLY = (
     *("penalty", "xi", "psi", "lambda_init", "reg_lr", "reg_wd", "released_lr", "evaluate", "no_test"),
     *("epochs", "train_batch", "lr", "momentum", "wd", "schedule", "gamma", "amp", "compile"),

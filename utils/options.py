@@ -292,8 +292,10 @@ def check_gmp(args: argparse.Namespace) -> None:
 def add_prune(parser: argparse.ArgumentParser, schemes: Iterable[str]) -> None:
     """Add the options of pruning."""
     add = parser.add_argument_group("pruning").add_argument
-    text = "fractions of the non-zero weights to remove, in [0, 1]; each from the same starting weights"
+    text = "fractions of the weights to remove, in [0, 1]; each from the same starting weights"
     add("--percent", type=real(0, high=1), nargs="+", metavar="P", help=text)
+    text = "of which weights: those that are not zero, or all, so that P is the sparsity afterwards"
+    add("--of", choices=["nonzero", "all"], default="nonzero", help=text)
     add("--scheme", choices=list(schemes), default="global", help="what to remove")
     text = "also report the accuracy with BatchNorm re-estimated on N training images; 0: no"
     add("--recalibrate_bn", type=whole(0), default=0, metavar="N", help=text)

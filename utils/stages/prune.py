@@ -16,6 +16,7 @@ from utils.files.checkpoint import save_checkpoint
 from utils.halo.parameters import prunable_weights
 from utils.halo.pruning import (
     SCHEMES,
+    fraction_to_reach,
     LayerSparsity,
     magnitude_threshold,
     overall_sparsity,
@@ -108,6 +109,7 @@ def prune_and_evaluate(args: argparse.Namespace, *, dataset: str | None = None) 
         "dataset": args.dataset,
         "arch": args.arch,
         "depth": args.depth,
+        "of": args.of,
         "scheme": args.scheme,
         "seed": args.seed,
         "images": images,
@@ -115,6 +117,8 @@ def prune_and_evaluate(args: argparse.Namespace, *, dataset: str | None = None) 
         "results": [],
     }
     say(f"before: sparsity {report['before']['sparsity']:.4f}  {numbers(before)}")
+    if report["before"]["sparsity"] > 0.01 and args.of == "nonzero":
+        warn("weights that are zero already do not count: --percent is of the others; --of all counts them too")
     for percent in args.percent:
         model.load_state_dict(start)
         result = _prune_once(args, model, percent, linear=linear) | savings(model, preprocessing.shape)
@@ -139,7 +143,8 @@ def _prune_once(args: argparse.Namespace, model: nn.Module, percent: float, *, l
     before = {name: w.detach().clone() for name, w in weights.items()}
     nonzero = sum(int(w.count_nonzero()) for w in before.values())
     generator = torch.Generator().manual_seed(args.seed)
-    layers: list[LayerSparsity] = SCHEMES[args.scheme](weights, percent, generator=generator)
+    fraction = fraction_to_reach(weights, percent) if args.of == "all" else percent
+    layers: list[LayerSparsity] = SCHEMES[args.scheme](weights, fraction, generator=generator)
     empty = [layer.name for layer in layers if layer.remaining == 0]
     for name in empty:
         warn(f"pruned {percent:g}: no weight is left in {name}")
@@ -158,7 +163,7 @@ def _save(
 ) -> None:
     pruning = {key: result[key] for key in ("asked", "removed", "sparsity", "threshold")}
     kept = {key: state[key] for key in ("epoch", "best_acc", "config", "preprocessing", "class_names") if key in state}
-    pruning |= {"scheme": args.scheme, "seed": args.seed, "checkpoint": str(args.resume)}
+    pruning |= {"of": args.of, "scheme": args.scheme, "seed": args.seed, "checkpoint": str(args.resume)}
     save_checkpoint(path, kept | {"state_dict": model.state_dict(), "acc": accuracy, "pruning": pruning})
 
 
