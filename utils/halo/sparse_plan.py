@@ -13,7 +13,6 @@ into maps of every stride-th pixel.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -209,7 +208,7 @@ class Plan:
     def _lay_out(self) -> dict[int, Layout]:
         """Give every value the border that its readers need, and in the form for one image equal pitches."""
         shapes = self.network.shapes
-        borders = {value: (0, 0) for value in shapes}
+        borders = dict.fromkeys(shapes, (0, 0))
         pitch = {value: shape.width for value, shape in shapes.items()}
         group = {value: value for value in shapes}  # values of one pitch name one of them
         for op in self.network.program.ops:

@@ -16,8 +16,8 @@ from utils.files.checkpoint import save_checkpoint
 from utils.halo.parameters import prunable_weights
 from utils.halo.pruning import (
     SCHEMES,
-    fraction_to_reach,
     LayerSparsity,
+    fraction_to_reach,
     magnitude_threshold,
     overall_sparsity,
     savings,

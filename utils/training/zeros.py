@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from models import ARCHS
+from models import takes_linear
 from utils.files.checkpoint import check_network, load_checkpoint, load_weights
 from utils.halo.gradual import GradualPruning
 from utils.halo.masks import FixedZeros
@@ -58,7 +58,7 @@ def read_masks(run: Experiment, path: str) -> dict[str, Tensor]:
 
 def weights_of(run: Experiment) -> dict[str, Tensor]:
     """Return the prunable weights of a run."""
-    return prunable_weights(run.model, linear=ARCHS[run.args.arch].linear)
+    return prunable_weights(run.model, linear=takes_linear(run.args.arch, run.model))
 
 
 def make_zeros(run: Experiment, masks: dict[str, Tensor] | None) -> FixedZeros | None:
