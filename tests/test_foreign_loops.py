@@ -10,7 +10,7 @@ from test_penalties import random_params
 from torch import nn
 from torch.nn.utils import prune
 
-from utils import HALO, L1, SWS, FusedHALO, LambdaSGD, penalized_parameters
+from utils import HALO, L1, SWS, DecoupledLambdaSGD, FusedHALO, LambdaSGD, penalized_parameters
 from utils.halo import lambda_sgd
 from utils.halo.floor import LAMBDA_FLOOR
 from utils.halo.guard import NamedParameters
@@ -450,6 +450,63 @@ def test_a_scheduler_of_the_optimizer_of_lam():
         once.step()
         moved.append((before - weights_after(lam_optimizer.penalty)[0]).abs().max().item())
     assert moved[0] < moved[1] and lam_optimizer.param_groups[0]["lr"] != 0.05
+
+
+def decoupled_loop(order, *, copies=None):
+    """Train with AdamW for three steps of two micro-batches; return weights and lam."""
+    model = network()
+    penalty, optimizer = halo(model, xi=0.1, psi=0.1), torch.optim.AdamW(model.parameters(), 1e-2)
+    lam_optimizer = DecoupledLambdaSGD(penalty, weights=optimizer, **FACTORS)
+    scaler = torch.amp.GradScaler("cpu", enabled=order == "scaled")
+    for step in range(3):
+        if copies and step == 1:
+            model, penalty, optimizer, lam_optimizer = copies((model, penalty, optimizer, lam_optimizer))
+        for micro in range(2):
+            scaler.scale(loss_of(model, seed=step + micro)).backward()
+            if order == "often":
+                lam_optimizer.step()
+        lam_optimizer.step(scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return weights_after(model, penalty)
+
+
+def test_decoupled_from_adamw_the_pull_is_what_the_penalty_says():
+    results = []
+    for penalised in (False, True):
+        model = network()
+        optimizer = torch.optim.AdamW(
+            [{"params": model[0].parameters(), "lr": 1e-3}, {"params": model[4].parameters()}]
+        )
+        penalty = halo(model, xi=0.3, psi=0.0)
+        lam_optimizer = DecoupledLambdaSGD(penalty, weights=optimizer, **FACTORS)
+        loss_of(model).backward()
+        grads = [p.grad.clone() for p in model[0].parameters()]
+        if penalised:
+            lam_optimizer.step()
+        optimizer.step()
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(model[0].parameters(), grads, strict=True))
+        results.append([p.detach().clone() for p in model[0].parameters()])
+    for plain, pulled, lam in zip(*results, penalty.lambdas.values(), strict=True):
+        torch.testing.assert_close(pulled, plain - 1e-3 * 0.3 * plain.sign(), rtol=0, atol=1e-7)
+        torch.testing.assert_close(lam.detach(), 1 + 0.05 * 2 * 0.3 * plain.abs(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["often", "scaled"])
+def test_decoupled_no_order_is_wrong(order):
+    assert_same(decoupled_loop(order), decoupled_loop("once"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))])
+def test_decoupled_goes_on_in_a_copy(copies):
+    assert_same(decoupled_loop("once", copies=copies), decoupled_loop("once"), rtol=0, atol=0)
+
+
+def test_decoupled_wants_every_penalised_weight_in_the_optimizer():
+    model = network()
+    with pytest.raises(ValueError, match="'0.weight' is penalised.*add it there"):
+        DecoupledLambdaSGD(halo(model), weights=torch.optim.AdamW(model[4].parameters()), lr=0.1)
 
 
 # Copies and files

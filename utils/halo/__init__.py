@@ -5,6 +5,8 @@ Installed, this folder is the package `halo`.
 """
 
 from .gradual import GradualPruning
+from .decoupled import DecoupledLambdaSGD
+from .floor import LAMBDA_FLOOR
 from .lambda_sgd import FusedHALO, LambdaSGD
 from .masks import FixedZeros
 from .parameters import penalized_parameters, prunable_weights
@@ -21,14 +23,17 @@ from .pruning import (
 )
 from .shrink import shrink
 from .sparse import SparseNetwork
+from .suggest import suggest
 
 __version__ = "0.1.0"
 __all__ = [
     "HALO",
     "L1",
+    "LAMBDA_FLOOR",
     "MCP",
     "SWS",
     "FixedZeros",
+    "DecoupledLambdaSGD",
     "FusedHALO",
     "GradualPruning",
     "LambdaSGD",
@@ -46,4 +51,5 @@ __all__ = [
     "savings",
     "shrink",
     "sparsity_per_layer",
+    "suggest",
 ]

@@ -64,9 +64,12 @@ class LambdaSGD(SGD):
         """
         loss = self._begin(closure)
         self.penalty.add_grad_(scaler=scaler)
-        super().step()
-        self.zero_grad()
+        self._step_lam()
         return loss
+
+    def _step_lam(self) -> None:
+        SGD.step(self)
+        self.zero_grad()
 
     def _begin(self, closure: Callable[[], float] | None) -> float | None:
         """Refuse what cannot go well, and return the loss of the closure."""
