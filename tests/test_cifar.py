@@ -223,12 +223,15 @@ def test_a_folder_that_cannot_be_written(tiny, tmp_path, fails, monkeypatch, whe
 
 @pytest.mark.parametrize(
     "options, words",
-    [(["--lr", "1e30"], "the cross-entropy did it"), (["--halo", "--lambda_init", "1e-20"], "the penalty did it")],
+    [
+        (["--lr", "1e30"], "the cross-entropy did it"),
+        (["--halo", "--xi", "1e30", "--lambda_init", "0.5"], "the penalty did it"),
+    ],
 )
 def test_a_diverging_run_says_where_and_keeps_the_last_good_checkpoint(tiny, tmp_path, fails, options, words):
     status, line = fails(*tiny, *options)
     assert status == 1 and "epoch 1, batch " in line and words in line
-    assert ("smallest |lam| 1e-20" in line) == ("--halo" in options)
+    assert ("smallest |lam| 0.5" in line) == ("--halo" in options)
     assert str(tmp_path / "run" / "checkpoint.pth.tar") in line
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["epoch"] == 0
 
