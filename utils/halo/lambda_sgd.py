@@ -77,8 +77,7 @@ class LambdaSGD(SGD):
             raise ValueError(
                 "scaler.step() is for the optimizer of the weights: call step(scaler=scaler) of this one itself"
             )
-        held = self.param_groups[0]["params"]
-        if not all(mine is its for mine, its in zip(held, self.penalty.parameters(), strict=True)):
+        if self.param_groups[0]["params"][0] is not next(self.penalty.parameters()):
             raise ValueError("lam was exchanged, as by load_state_dict(assign=True): build the optimizer of lam anew")
         if closure is None:
             return None
@@ -129,16 +128,17 @@ class FusedHALO(LambdaSGD):
         compiled: bool = False,
     ) -> None:
         super().__init__(penalty, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self._require_trained()
         if weights is not None:
             require_plain_sgd(weights, penalty)
         self._compiled = compiled
         self._prepare(weights)
+        self._require_trained()
 
     def _prepare(self, weights: SGD | None) -> None:
         """Find the form of the pass, and have it run by the optimizer of the weights if there is one."""
         self._weights, self._kernel, self.slow_because, self._asked = weights, None, None, False
-        tensors = [*self.penalty.penalized.values(), *self.penalty.parameters()]
+        self._pairs = [(name, self.penalty.penalized[name], lam) for name, lam in self.penalty.lambdas.items()]
+        tensors = [tensor for _, *pair in self._pairs for tensor in pair]
         if all(t.dtype == torch.float32 and t.device.type == "cpu" and is_dense(t) for t in tensors):
             try:
                 self._kernel = load_kernel()
@@ -196,16 +196,21 @@ class FusedHALO(LambdaSGD):
         self._pass()
 
     def _require_trained(self) -> None:
-        if not all(t.requires_grad for t in (*self.penalty.penalized.values(), *self.penalty.parameters())):
+        if not all(w.requires_grad and lam.requires_grad for _, w, lam in self._pairs):
             raise ValueError("a penalised weight or its lam is frozen (requires_grad is False): use LambdaSGD")
 
     def _pass(self) -> None:
         self._require_trained()
-        pairs = [(name, self.penalty.penalized[name], lam) for name, lam in self.penalty.lambdas.items()]
-        for name, w, lam in pairs:
+        for name, w, lam in self._pairs:
             require_beside(name, w, lam)
-            lam.data = aligned(lam.data, w)  # the network may have got another layout
-        sets = [(w, aligned_gradient(w), lam, velocity_of(self, lam)) for _, w, lam in pairs]
+            if self._kernel and (w.dtype != torch.float32 or w.device.type != "cpu"):
+                raise ValueError(
+                    f"the weights are now {w.dtype} on {w.device}: build FusedHALO after moving the network"
+                )
+            if lam.stride() != w.stride():  # the network got another layout
+                lam.data = aligned(lam.data, w)
+                self._kernel = self._kernel if is_dense(w) else None
+        sets = [(w, aligned_gradient(w), lam, velocity_of(self, lam)) for _, w, lam in self._pairs]
         if self._kernel:
             self._run_kernel(sets)
             return
@@ -215,11 +220,6 @@ class FusedHALO(LambdaSGD):
                 self._halo_step_(*piece, **factors)
 
     def _run_kernel(self, sets: list[tuple[Tensor, ...]]) -> None:
-        for w, *_ in sets:
-            if w.dtype != torch.float32 or w.device.type != "cpu" or not is_dense(w):
-                raise ValueError(
-                    f"the weights are now {w.dtype} on {w.device}: build FusedHALO after moving the network"
-                )
         array = ctypes.c_void_p * len(sets)
         columns = [*zip(*sets, strict=True)]
         sizes = (ctypes.c_int64 * len(sets))(*map(Tensor.numel, columns[0]))
