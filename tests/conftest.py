@@ -47,6 +47,15 @@ def train(*options: str) -> dict:
     return cifar.main(cifar.get_parser().parse_args([str(option) for option in options]))
 
 
+@pytest.fixture(scope="module")
+def no_figures():
+    """Leave out the figures of training and pruning, which take longer than a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.training.outputs.draw", lambda *_, **__: None)
+        patch.setattr("utils.plots.plot_accuracy_vs_sparsity", lambda *_, **__: None)
+        yield
+
+
 @pytest.fixture
 def fails_in(monkeypatch, capsys):
     """Call a script with wrong input; return its exit status and the one line it says."""

@@ -35,7 +35,7 @@ def assert_equal_runs(one, other):
     for key in ("state_dict", "lambdas"):
         assert list(a[key]) == list(b[key]) and all(torch.equal(a[key][name], b[key][name]) for name in a[key])
     for key in ("optimizer", "reg_optimizer"):
-        for index, state in a[key]["state"].items():
+        for index, state in (a[key] or {"state": {}})["state"].items():
             assert torch.equal(state["momentum_buffer"], b[key]["state"][index]["momentum_buffer"])
 
 

@@ -1,0 +1,213 @@
+"""Gradual magnitude pruning: the paper's schedule and algorithm, exact counts, and runs that are stopped and shared."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, train
+from test_cifar import assert_equal_runs, rows
+from test_distributed import free_port, run_together
+from test_masks import LENET, assert_positive_zeros, assert_zeros_kept, lenet, masks_of, momenta
+
+import mnist.mnist
+from utils import GradualPruning
+from utils.files.checkpoint import load_checkpoint
+from utils.halo.gradual import cubic_sparsity
+from utils.training import experiment as experiment_module
+from utils.training import state as state_module
+
+GMP, EPOCHS = ["--gmp", 0.9, "--schedule", 3, "--train_batch", 24], ["--gmp_epochs", 0.1, 3]
+TOTAL = 266_200
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
+def test_the_schedule_is_cubic():
+    at = [cubic_sparsity(step, begin=10, end=30, final=0.8) for step in (0, 10, 20, 25, 30, 99)]
+    assert at == pytest.approx([0, 0, 0.7, 0.7875, 0.8, 0.8]) and at[-1] == 0.8
+    assert cubic_sparsity(0, begin=0, end=1, final=0.5) == 0
+
+
+def test_it_is_the_algorithm_of_the_paper():
+    """Against weights that are multiplied by a mask in the forward pass: masked ones keep their value, untrained."""
+    torch.manual_seed(0)
+    sizes = {"a": (8, 10), "b": (5, 8)}
+    start = {n: torch.randn(s) / 3 for n, s in sizes.items()}
+    inputs, labels = torch.randn(64, 10), torch.randint(5, (64,))
+    ours = {n: w.clone().requires_grad_() for n, w in start.items()}
+    full, mask = {n: w.clone().requires_grad_() for n, w in start.items()}, {n: torch.ones(s) for n, s in sizes.items()}
+    optimizer = torch.optim.SGD(ours.values(), 1.0)
+    zeros = GradualPruning(ours, optimizer=optimizer, sparsity=0.8, begin=3, end=33, every=5)
+    returned = 0
+
+    def loss(w):
+        return F.cross_entropy(torch.tanh(inputs @ w["a"].T) @ w["b"].T, labels)
+
+    for step in range(1, 41):
+        loss(ours).backward()
+        zeros.clear_grad_()
+        optimizer.step()
+        optimizer.zero_grad()
+        zeros.advance_()
+
+        grads = torch.autograd.grad(loss({n: full[n] * mask[n] for n in full}), [*full.values()])
+        with torch.no_grad():
+            for w, grad in zip(full.values(), grads, strict=True):
+                w -= grad
+        if step in (8, 13, 18, 23, 28, 33):
+            magnitudes = torch.cat([w.detach().abs().flatten() for w in full.values()])
+            count = round(120 * 0.8 * (1 - (1 - (step - 3) / 30) ** 3))
+            keep = torch.ones(120)
+            keep[magnitudes.argsort(stable=True)[:count]] = 0
+            for (n, before), after in zip(mask.items(), keep.split([80, 40]), strict=True):
+                returned += int(((before == 0) & (after.reshape(before.shape) == 1)).sum())
+                mask[n] = after.reshape(before.shape)
+            assert zeros.zeros == count
+        for n in full:
+            torch.testing.assert_close(ours[n], full[n] * mask[n], rtol=1e-4, atol=1e-6)
+            assert ((ours[n] == 0) == (mask[n] == 0)).all()
+    assert returned > 0 and zeros.zeros == 96
+
+
+def test_masked_weights_have_no_momentum():
+    torch.manual_seed(0)
+    w = torch.randn(50).requires_grad_()
+    optimizer = torch.optim.SGD([w], 0.1, momentum=0.9)
+    zeros = GradualPruning({"w": w}, optimizer=optimizer, sparsity=0.5, begin=0, end=10, every=1)
+    for step in range(1, 20):
+        (w - 1).square().sum().backward()
+        zeros.clear_grad_()
+        optimizer.step()
+        optimizer.zero_grad()
+        zeros.advance_()
+        expected = cubic_sparsity(step, begin=0, end=10, final=0.5)
+        assert zeros.zeros == round(50 * expected) == int((w == 0).sum())
+        assert_positive_zeros({"w": w.detach()}, zeros.masks)
+        assert_positive_zeros({"w": optimizer.state[w]["momentum_buffer"]}, zeros.masks)
+        assert set(zeros.state_dict()["aside"]) == (set() if step >= 10 else {"w"})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"sparsity": 0}, {"sparsity": 1.1}, {"begin": 5, "end": 5}, {"begin": -1}, {"every": 0}]
+)
+def test_numbers_out_of_range_are_refused(wrong):
+    w = torch.randn(5).requires_grad_()
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        GradualPruning({"w": w}, optimizer=torch.optim.SGD([w], 1), **({"sparsity": 0.5, "begin": 0, "end": 9} | wrong))
+
+
+def stop_after(monkeypatch, epochs, *options):
+    """Run, and press Ctrl-C in the epoch after."""
+    original = experiment_module.run_epoch
+
+    def until(run):
+        if run.epoch == epochs:
+            raise KeyboardInterrupt
+        return original(run)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(experiment_module, "run_epoch", until)
+        lenet(*options)
+
+
+@pytest.mark.parametrize("penalty", [[], ["--halo", "--xi", 1e-4, "--psi", 1e-4]])
+def test_a_stopped_run_is_the_same_and_ends_with_the_exact_count(tmp_path, monkeypatch, penalty):
+    """Stopped between the first mask and the last; --gmp_epochs need not be given again."""
+    options = [*GMP, *penalty, "--epochs", 4]
+    lenet(*options, *EPOCHS, "--save_dir", tmp_path / "straight")
+    stop_after(monkeypatch, 2, *options, *EPOCHS, "--save_dir", tmp_path / "halves")
+    checkpoint = tmp_path / "halves" / "checkpoint.pth.tar"
+    assert load_checkpoint(checkpoint)["zeros"]["aside"]
+    lenet(*options, "--save_dir", tmp_path / "halves", "--resume", checkpoint)
+    assert_equal_runs(tmp_path / "straight", tmp_path / "halves")
+
+    # 60 steps an epoch: masks after 106 and 180 steps
+    expected = [round(TOTAL * cubic_sparsity(s, begin=6, end=180, final=0.9)) for s in (6, 106, 180, 180)]
+    assert [round(TOTAL * float(row["sparsity"])) for row in rows(tmp_path / "halves")] == expected
+    state = load_checkpoint(checkpoint)
+    masks = masks_of(checkpoint)
+    assert sum(int(m.sum()) for m in masks.values()) == round(TOTAL * 0.9)
+    assert_positive_zeros(state["state_dict"], masks)
+    assert_positive_zeros(momenta(state), masks)
+    assert all(torch.equal(state["zeros"]["masks"][n], m) for n, m in masks.items()) and not state["zeros"]["aside"]
+
+
+def test_pruning_to_the_same_sparsity_removes_nothing_more(tmp_path):
+    options = ["--gmp", 0.95, "--epochs", 6, "--schedule", 5, "--save_dir", tmp_path / "run"]
+    top1 = lenet(*options)["final"]["test_top1"]
+    assert top1 > 90
+    config = load_checkpoint(tmp_path / "run" / "final.pth.tar")["config"]
+    assert config["gmp_epochs"] == [0.5, 4]  # 1/12 and 2/3
+    prune = ["-d", "digits", "-a", "lenet_300_100", "--percent", "0.95", "--of", "all"]
+    prune += ["--resume", str(tmp_path / "run" / "final.pth.tar"), "--save_dir", str(tmp_path / "pruned")]
+    (result,) = mnist.mnist.main(mnist.mnist.get_parser().parse_args(prune))["results"]
+    assert result["removed"] == 0 and result["after"]["top1"] == top1
+    assert sum(layer["total"] - layer["remaining"] for layer in result["layers"]) == round(TOTAL * 0.95)
+
+
+def test_the_best_epoch_is_one_with_the_final_mask(tmp_path):
+    """Denser epochs are better; what is kept as the best must be as sparse as was asked."""
+    summary = lenet("--gmp", 0.995, "--gmp_epochs", 1, 3, "--epochs", 4, "--lr", 0.05, "--save_dir", tmp_path / "run")
+    log = rows(tmp_path / "run")
+    assert max(log, key=lambda row: float(row["test_top1"]))["epoch"] in ("1", "2")
+    assert summary["best"]["epoch"] in (3, 4)
+    best = masks_of(tmp_path / "run" / "model_best.pth.tar")
+    assert sum(int(m.sum()) for m in best.values()) == round(TOTAL * 0.995)
+
+
+def test_two_processes_hold_the_same_zeros_as_one(tmp_path):
+    """A run with --gmp, then one with --mask; both in the same two processes, which start slowly."""
+    options = ["--gmp", 0.9, "--gmp_epochs", 0.5, 2, "--epochs", 2, "--train_batch", 16, "--halo", "--lr", 0.01]
+    lenet(*options, "--save_dir", tmp_path / "one")
+    file = tmp_path / "one" / "final.pth.tar"
+    gradual = [*LENET, *map(str, options), "--save_dir", str(tmp_path / "two")]
+    fixed = [*LENET, "--halo", "--mask", str(file), "--epochs", "1", "--save_dir", str(tmp_path / "fixed")]
+    script = tmp_path / "both.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom mnist import mnist\n"
+        f"for port, options in {[(free_port(), gradual), (free_port(), fixed)]!r}:\n"
+        "    os.environ['MASTER_PORT'] = port\n"
+        "    mnist.main(mnist.get_parser().parse_args(options))\n"
+    )
+    run_together(script=script)
+    ours, theirs = (masks_of(tmp_path / name / "final.pth.tar") for name in ("one", "two"))
+    differing = sum(int((ours[n] != theirs[n]).sum()) for n in ours)
+    assert differing <= 0.001 * TOTAL  # the order of sums differs, and with it what lies at the threshold
+    assert sum(int(m.sum()) for m in theirs.values()) == round(TOTAL * 0.9)
+    assert_zeros_kept(tmp_path / "fixed", file)
+
+
+def test_processes_compare_their_masks_at_every_checkpoint(tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(state_module, "require_equal", lambda tensors, what: compared.append((what, dict(tensors))))
+    lenet("--gmp", 0.5, "--epochs", 1, "--save_dir", tmp_path / "run")
+    masks = [tensors for what, tensors in compared if what == "the mask"]
+    assert len(masks) == 2 and set(masks[-1]) == set(masks_of(tmp_path / "run" / "final.pth.tar"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gmp", "1.5"], "1.5"),
+        (["--gmp", "0"], "0"),
+        (["--gmp_epochs", "0", "1"], "does nothing without --gmp"),
+        (["--gmp", "0.9", "--gmp_epochs", "1", "1"], "must be A < B"),
+        (["--gmp", "0.9", "--gmp_epochs", "1", "3"], "<= --epochs 2"),
+        (["--gmp", "0.9", "--mask", "x"], "give one of them"),
+        (["--gmp", "0.9", "--evaluate", "--resume", "x"], "does nothing with --evaluate"),
+    ],
+)
+def test_wrong_options_are_one_line(tiny, fails, options, words):
+    status, line = fails(*tiny, *options)
+    assert status == 2 and words in line
+
+
+def test_a_resumed_run_keeps_its_schedule(tiny, tmp_path, fails):
+    train(*tiny, "--gmp", "0.9")
+    more = [*tiny, "--gmp", "0.9", "--resume", tmp_path / "run" / "checkpoint.pth.tar", "--epochs", "3"]
+    status, line = fails(*more, "--gmp_epochs", "0", "1")
+    assert status == 1 and "gmp_epochs" in line
+    status, line = fails(*tiny, "--resume", tmp_path / "run" / "checkpoint.pth.tar")
+    assert status == 1 and "gmp 0.9 (now None)" in line
+    train(*more)  # the default of three epochs would be another schedule
+    config = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["config"]
+    assert config["gmp_epochs"] == pytest.approx([1 / 6, 4 / 3])

@@ -1,0 +1,331 @@
+"""Zeros that stay zero: in every penalty and optimizer, through the scripts, over a stop (test_gmp.py: processes)."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import train
+from test_cifar import assert_equal_runs, rows
+from torch import nn
+
+import cifar_prune_iterative
+import mnist.mnist
+from utils import FixedZeros, make_penalty, penalized_parameters, prunable_weights, prune_by_magnitude_
+from utils.files.checkpoint import load_checkpoint, save_checkpoint
+from utils.halo.lambda_sgd import FusedHALO, LambdaSGD
+from utils.halo.masks import and_
+from utils.halo.penalties import CHUNK
+from utils.training.compiled import find_compiler
+
+COEFFICIENTS = {"none": {}, "l1": {"xi": 0.01}, "mcp": {"xi": 0.01, "psi": 9}}
+LEARNED = {"xi": 1e-3, "psi": 1e-3}
+LENET = ["-d", "digits", "-a", "lenet_300_100", "--lr", "0.1", "--train_batch", "64", "--seed", "3"]
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
+def lenet(*options):
+    return mnist.mnist.main(mnist.mnist.get_parser().parse_args([*LENET, *(str(o) for o in options)]))
+
+
+def assert_positive_zeros(tensors, masks):
+    """Exactly 0.0, never -0.0, wherever the mask says; and somewhere else something is left."""
+    for name, mask in masks.items():
+        inside = tensors[name][mask]
+        assert (inside == 0).all() and not inside.signbit().any(), name
+    assert any((tensors[name][~mask] != 0).any() for name, mask in masks.items())
+
+
+def momenta(state):
+    """Return the momenta of a checkpoint of a LeNet-300-100 by the names of their weights."""
+    names = list(state["state_dict"])  # no buffers: parameters in order
+    return {names[i]: s["momentum_buffer"] for i, s in state["optimizer"]["state"].items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_whatever_a_number_was_it_becomes_positive_zero(dtype):
+    tensor = torch.tensor([[-1.5, -0.0, float("nan"), 2.0], [float("inf"), -3.0, 0.5, float("-inf")]], dtype=dtype)
+    keep = torch.tensor([[0, 0, 0, -1], [0, -1, -1, 0]], dtype=torch.int8)
+    and_(tensor, keep)
+    assert tensor.tolist() == [[0, 0, 0, 2.0], [0, -3.0, 0.5, 0]] and tensor.signbit().sum() == 1
+
+
+@pytest.mark.parametrize("like", [torch.channels_last, torch.contiguous_format])
+def test_layouts_may_differ(like):
+    """A gradient may lie in memory in another order than its weight."""
+    w = nn.Parameter(torch.randn(6, 5, 3, 3).to(memory_format=torch.channels_last))
+    zeros = FixedZeros({"w": w}, {"w": w > 0})
+    expected = (grad := torch.randn(6, 5, 3, 3)).masked_fill(zeros.masks["w"], 0)
+    w.grad = grad.contiguous(memory_format=like)
+    zeros.clear_grad_()
+    assert torch.equal(w.grad, expected)
+
+
+def test_clearing_allocates_no_copy_of_the_weights():
+    w = nn.Parameter(torch.randn(8 * CHUNK))
+    w.grad = torch.randn_like(w)
+    zeros = FixedZeros({"w": w}, {"w": w.abs() < 1})
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        zeros.clear_grad_()
+    used = [event.self_cpu_memory_usage for event in profiler.events()]
+    assert 0 < max(used) <= 4 * CHUNK  # one piece, in the words of the gradient
+
+
+def toy():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 7))
+    prune_by_magnitude_(prunable_weights(model, linear=True), 0.7)
+    return model, torch.randn(8, 3, 8, 8), torch.randint(7, (8,))
+
+
+def steps_of(penalty, optimizer, path):
+    """Return what is called after the backward pass on each path of the optimizers."""
+    factors = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    if path == "add_grad_":
+        learned = [LambdaSGD(penalty, **factors)] if list(penalty.parameters()) else []
+        return [learned[0].step if learned else penalty.add_grad_, optimizer.step]
+    fused = FusedHALO(penalty, **factors, weights=optimizer if path == "kernel" else None)
+    if path == "pieces":
+        fused._kernel = None
+    return [fused.step, optimizer.step]
+
+
+@pytest.mark.parametrize("wd", [0.0, 0.01])
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [*((n, "add_grad_") for n in ("none", "l1", "ws", "mcp", "halo")), ("halo", "kernel"), ("halo", "pieces")],
+)
+def test_zeros_stay_in_weights_and_momentum(name, path, wd):
+    model, images, labels = toy()
+    weights = prunable_weights(model, linear=True)
+    penalty = make_penalty(name, penalized_parameters(model, linear=True), **COEFFICIENTS.get(name, LEARNED))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=wd, fused=True)
+    zeros, steps = FixedZeros(weights), steps_of(penalty, optimizer, path)
+    masks, before = zeros.masks, {n: w.detach().clone() for n, w in weights.items()}
+    for _ in range(20):
+        F.cross_entropy(model(images), labels).backward()
+        zeros.clear_grad_()
+        for step in steps:
+            step()
+        optimizer.zero_grad()
+        assert_positive_zeros(weights, masks)
+        assert_positive_zeros({n: optimizer.state[w]["momentum_buffer"] for n, w in weights.items()}, masks)
+    assert zeros.zeros == sum(int(m.sum()) for m in masks.values()) == round(0.7 * zeros.total)
+    assert all(not torch.equal(before[n], w) for n, w in weights.items())
+
+
+def test_zeros_come_back_without():
+    """What the test above would show if nothing held them."""
+    model, images, labels = toy()
+    weights = prunable_weights(model, linear=True)
+    masks = FixedZeros(weights).masks
+    F.cross_entropy(model(images), labels).backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    with pytest.raises(AssertionError):
+        assert_positive_zeros(weights, masks)
+
+
+def test_adamw_with_weight_decay_keeps_them_too():
+    model, images, labels = toy()
+    weights = prunable_weights(model, linear=True)
+    zeros, optimizer = FixedZeros(weights), torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        zeros.clear_grad_()
+        optimizer.step()
+    assert_positive_zeros(weights, zeros.masks)
+
+
+def test_a_mask_in_the_middle_of_training_clears_the_momentum():
+    model, images, labels = toy()
+    weights = prunable_weights(model, linear=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    prune_by_magnitude_(weights, 0.5)
+    zeros = FixedZeros(weights)
+    zeros.clear_(optimizer)
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    assert_positive_zeros(weights, zeros.masks)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    w = nn.Parameter(torch.ones(3))
+    for masks in ({}, {"w": torch.zeros(4, dtype=torch.bool)}):
+        with pytest.raises(ValueError, match="no mask of the shape of w"):
+            FixedZeros({"w": w}, masks)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """A trained LeNet-300-100, and the same pruned to 0.95: folder with init, final and pruned/pruned_0.95."""
+    folder = tmp_path_factory.mktemp("dense") / "run"
+    lenet("--epochs", 6, "--schedule", 4, "--save_dir", folder)
+    lenet_prune(folder / "final.pth.tar", 0.95, folder / "pruned")
+    return folder
+
+
+def lenet_prune(file, percent, folder):
+    options = ["-d", "digits", "-a", "lenet_300_100", "--percent", percent, "--resume", file, "--save_dir", folder]
+    report = mnist.mnist.main(mnist.mnist.get_parser().parse_args([str(o) for o in options]))
+    return report["results"][0]
+
+
+def masks_of(file):
+    return {n: w == 0 for n, w in load_checkpoint(file)["state_dict"].items() if n.endswith("weight")}
+
+
+def assert_zeros_kept(folder, file):
+    """Every file of a run has the zeros of the mask's file, its momentum too, and the records say so."""
+    masks = masks_of(file)
+    count = sum(int(m.sum()) for m in masks.values())
+    for name in ("init", "model_best", "final", "checkpoint"):
+        state = load_checkpoint(folder / f"{name}.pth.tar")
+        assert_positive_zeros(state["state_dict"], masks)
+        assert state["mask"] == {"source": str(file), "zeros": count, "prunable": 266_200}
+    assert_positive_zeros(momenta(state), masks)
+    assert json.loads((folder / "config.json").read_text())["mask"] == state["mask"]
+    assert {float(row["sparsity"]) for row in rows(folder)} == {count / 266_200}
+
+
+def test_fine_tuning_regains_the_accuracy(pruned, tmp_path):
+    """docs/after_pruning.md, "Fine-tune"."""
+    file = pruned / "pruned" / "pruned_0.95.pth.tar"
+    before, cut = (load_checkpoint(f)["acc"] for f in (pruned / "final.pth.tar", file))
+    options = ["--start", file, "--mask", file, "--lr", 0.05, "--epochs", 3, "--schedule", 2]
+    summary = lenet(*options, "--save_dir", tmp_path / "run")
+    assert cut < before - 10 and summary["final"]["test_top1"] > before - 2
+    assert_zeros_kept(tmp_path / "run", file)
+
+
+def test_a_lottery_ticket_starts_from_the_first_weights(pruned, tmp_path):
+    """docs/after_pruning.md, "Lottery tickets"."""
+    file = pruned / "pruned" / "pruned_0.95.pth.tar"
+    options = ["--start", pruned / "init.pth.tar", "--mask", file, "--epochs", 6, "--schedule", 4]
+    summary = lenet(*options, "--save_dir", tmp_path / "run")
+    ours, first = (load_checkpoint(f / "init.pth.tar")["state_dict"] for f in (tmp_path / "run", pruned))
+    for name, mask in masks_of(file).items():
+        assert torch.equal(ours[name], first[name].masked_fill(mask, 0))
+    assert summary["final"]["test_top1"] > 90
+    assert_zeros_kept(tmp_path / "run", file)
+
+
+def test_pruning_in_turns_with_training(pruned, tmp_path):
+    """docs/after_pruning.md, "In turns": what is left of the second cut is a share of what the first one left."""
+    file, left = pruned / "final.pth.tar", 266_200
+    for number in (1, 2):
+        folder = tmp_path / f"round{number}"
+        result = lenet_prune(file, 0.8, folder / "pruned")
+        assert result["removed"] == round(left * 0.8)
+        left -= result["removed"]
+        file = folder / "pruned" / "pruned_0.8.pth.tar"
+        options = ["--start", file, "--mask", file, "--lr", 0.05, "--epochs", 3, "--schedule", 2]
+        summary = lenet(*options, "--save_dir", folder / "run")
+        assert_zeros_kept(folder / "run", file)
+        file = folder / "run" / "final.pth.tar"
+    assert sum(int((~m).sum()) for m in masks_of(file).values()) == left == 10_648
+    assert summary["final"]["test_top1"] > load_checkpoint(pruned / "final.pth.tar")["acc"] - 2
+
+
+def test_start_alone_begins_a_run_in_which_zeros_come_back(pruned, tmp_path):
+    file = pruned / "pruned" / "pruned_0.95.pth.tar"
+    summary = lenet("--start", file, "--epochs", 1, "--save_dir", tmp_path / "run")
+    first, last = (load_checkpoint(tmp_path / "run" / f"{n}.pth.tar") for n in ("init", "final"))
+    start = load_checkpoint(file)["state_dict"]
+    assert all(torch.equal(first["state_dict"][n], start[n]) for n in start)
+    assert first["epoch"] == 0 and summary["final"]["epoch"] == 1 and "mask" not in first
+    assert all((last["state_dict"][n][mask] != 0).any() for n, mask in masks_of(file).items())
+
+
+@pytest.mark.parametrize("options", [["--halo", "--xi", "1e-4", "--psi", "1e-3"], []])
+def test_a_resumed_run_is_the_same_and_needs_the_file_no_more(pruned, tmp_path, options):
+    """Neither the file nor the option: the checkpoint holds the mask."""
+    file = tmp_path / "copy.pth.tar"
+    shutil.copy(pruned / "pruned" / "pruned_0.95.pth.tar", file)
+    options = [*options, "--schedule", 1]
+    begin = ["--start", file, "--mask", file]
+    lenet(*options, *begin, "--epochs", 2, "--save_dir", tmp_path / "straight")
+    lenet(*options, *begin, "--epochs", 1, "--save_dir", tmp_path / "halves")
+    file.unlink()
+    checkpoint = tmp_path / "halves" / "checkpoint.pth.tar"
+    lenet(*options, "--epochs", 2, "--save_dir", tmp_path / "halves", "--resume", checkpoint)
+    assert_equal_runs(tmp_path / "straight", tmp_path / "halves")
+    shutil.copy(pruned / "pruned" / "pruned_0.95.pth.tar", file)
+    assert_zeros_kept(tmp_path / "halves", file)
+    assert load_checkpoint(checkpoint)["config"]["start"] == str(file)
+
+
+@pytest.mark.parametrize("extra", [["--amp", "bf16", "--halo"], ["--amp", "fp16", "--halo"], ["--amp", "fp16", "--ws"]])
+def test_mixed_precision_keeps_them(pruned, tmp_path, extra):
+    file = pruned / "pruned" / "pruned_0.95.pth.tar"
+    lenet("--mask", file, "--epochs", 1, "--save_dir", tmp_path / "run", *extra)
+    assert_zeros_kept(tmp_path / "run", file)
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="--compile needs a C++ compiler")
+def test_a_compiled_network_keeps_them(pruned, tmp_path):
+    file = pruned / "pruned" / "pruned_0.95.pth.tar"
+    lenet("--mask", file, "--epochs", 1, "--save_dir", tmp_path / "run", "--compile", "--halo")
+    assert_zeros_kept(tmp_path / "run", file)
+
+
+def test_convolutions_in_channels_last_and_only_their_weights(tiny, tmp_path):
+    """On CIFAR the classifier is no prunable weight: its zeros are not kept, nor those of biases and BatchNorm."""
+    train(*tiny, "--epochs", 1, "--save_dir", tmp_path / "dense")
+    state = load_checkpoint(tmp_path / "dense" / "final.pth.tar")
+    state["state_dict"]["layer1.0.conv1.weight"][:, ::2] = -0.0
+    state["state_dict"]["fc.weight"].zero_()
+    state["state_dict"]["bn1.bias"].zero_()
+    save_checkpoint(tmp_path / "cut.pth.tar", state)
+    train(*tiny, "--halo", "--start", tmp_path / "cut.pth.tar", "--mask", tmp_path / "cut.pth.tar")
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")
+    kept = state["state_dict"]["layer1.0.conv1.weight"][:, ::2]
+    assert (kept == 0).all() and not kept.signbit().any() and state["mask"]["zeros"] == kept.numel()
+    assert (state["state_dict"]["fc.weight"] != 0).all() and (state["state_dict"]["bn1.bias"] != 0).any()
+
+
+def test_what_cannot_be_kept_is_said(tiny, tmp_path, fails, capsys):
+    train(*tiny, "--epochs", 1)
+    final = tmp_path / "run" / "final.pth.tar"
+    other = ["--save_dir", tmp_path / "other"]
+    status, line = fails(*tiny, *other, "--mask", final)
+    assert status == 1 and "has no zeros" in line and str(final) in line
+    for option in ("--mask", "--start"):
+        status, line = fails(*tiny, *other, "--depth", 14, option, final)
+        assert status == 1 and "of another network" in line and "--depth 8" in line
+        status, line = fails(*tiny, *other, option, tmp_path / "missing.pth.tar")
+        assert status == 1 and "missing.pth.tar" in line
+        status, line = fails(*tiny, "--overwrite", option, final)
+        assert status == 2 and "choose another --save_dir" in line and final.exists()
+    status, line = fails(*tiny, "--start", final, "--resume", tmp_path / "run" / "checkpoint.pth.tar")
+    assert status == 2 and "--start" in line and "--resume" in line
+    status, line = fails(*tiny, "--mask", final, "--resume", tmp_path / "run" / "checkpoint.pth.tar")
+    assert status == 1 and "mask None (now " in line
+    status, line = fails(*tiny, "--mask", final, "--evaluate", "--resume", final)
+    assert status == 2 and "--mask does nothing with --evaluate" in line
+
+    state = load_checkpoint(final)
+    state["state_dict"]["conv1.weight"].zero_()
+    save_checkpoint(tmp_path / "empty.pth.tar", state)
+    capsys.readouterr()
+    train(*tiny, *other, "--mask", tmp_path / "empty.pth.tar", "--epochs", 1)
+    assert "no weight is left in conv1.weight" in capsys.readouterr().err
+
+
+def test_percent_of_all_is_the_sparsity_afterwards(pruned, tmp_path, capsys):
+    file = pruned / "pruned" / "pruned_0.95.pth.tar"
+    parser = mnist.mnist.get_parser()
+    base = ["-d", "digits", "-a", "lenet_300_100", "--resume", str(file), "--percent", "0.9", "0.95", "0.98"]
+    results = {}
+    for of in ("all", "nonzero"):
+        capsys.readouterr()
+        report = mnist.mnist.main(parser.parse_args([*base, "--of", of, "--save_dir", str(tmp_path / of)]))
+        results[of] = [r["removed"] for r in report["results"]]
+        assert ("do not count" in capsys.readouterr().err) == (of == "nonzero") and report["of"] == of
+    assert results["all"] == [0, 0, round(266_200 * 0.98) - round(266_200 * 0.95)]
+    assert results["nonzero"] == [round(13_310 * p) for p in (0.9, 0.95, 0.98)]
+    assert cifar_prune_iterative.get_parser().get_default("of") == "nonzero"
