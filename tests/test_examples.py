@@ -1,0 +1,71 @@
+"""The examples: the equations of minimal.py are HALO's, and it prints what its docstring says."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from utils.halo import HALO
+
+
+def load(name: str) -> ModuleType:
+    """Import an example without running it."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows_of(text: str) -> dict[str, list[float]]:
+    """Return the numbers of the lines that begin with the name of a method and hold at least three numbers."""
+    found = re.findall(r"^ *(no penalty|HALO) +(\d+\.\d(?: +\d+\.\d){2,})", text, re.MULTILINE)
+    return {name: [float(number) for number in numbers.split()] for name, numbers in found}
+
+
+def output_of(*command: str, **options) -> str:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, **options).stdout
+
+
+def test_minimal_has_the_gradients_of_halo():
+    minimal = load("minimal")
+    generator = torch.Generator().manual_seed(0)
+    w = nn.Parameter(torch.randn(40, generator=generator, dtype=torch.float64))
+    penalty = HALO({"w": w}, xi=minimal.XI, psi=minimal.PSI)
+    lam = penalty.lambdas["w"]
+    signs = torch.where(torch.rand(40, generator=generator) < 0.3, -1.0, 1.0)
+    lam.data.copy_((torch.rand(40, generator=generator) * 0.1 + 0.05) * signs)
+    by_w, by_lam = torch.autograd.grad(penalty(), [w, lam])
+    torch.testing.assert_close(minimal.grad_w(w, lam), by_w, rtol=1e-12, atol=0)
+    torch.testing.assert_close(minimal.grad_lam(w, lam), by_lam, rtol=1e-12, atol=0)
+
+
+def test_minimal_starts_lam_at_rest():
+    minimal = load("minimal")
+    first, start = torch.tensor([minimal.FIRST], dtype=torch.float64), torch.tensor([minimal.LAM_START]).double()
+    assert abs(minimal.grad_lam(first, start)) < 1e-6 * minimal.PSI
+    rest = (2 * minimal.XI * minimal.KEPT / minimal.PSI) ** (1 / 3)
+    assert minimal.XI / rest**2 == pytest.approx(minimal.PULL)
+
+
+def test_minimal_prints_what_its_docstring_says(tmp_path):
+    # From an empty folder and isolated (-I), so that nothing of this project can be imported.
+    printed = output_of("-I", str(ROOT / "examples" / "minimal.py"), cwd=tmp_path)
+    said, seen = rows_of(load("minimal").__doc__), rows_of(printed)
+    assert list(said) == list(seen) == ["no penalty", "HALO"]
+    # In float64 the first weights times 1 + 1e-12 * noise, one thread, and other instruction sets (ATEN_CPU_CAPABILITY
+    # default and avx2) left every digit as it was. 2 points are for releases of torch that sum in yet another order.
+    for name, numbers in said.items():
+        assert seen[name] == pytest.approx(numbers, abs=2), printed
+    dense, at_90, at_95, _ = seen["HALO"]
+    none_dense, none_90, none_95, _ = seen["no penalty"]
+    assert dense > none_dense - 2.5
+    assert at_90 > none_90 + 5
+    assert at_95 > none_95 + 25
+    first, small, large, correlation = map(float, re.findall(r"\d+\.\d{2,}", printed[printed.index("median") :]))
+    assert small < first / 3 < first < large and correlation > 0.2  # lam parted: it adapted to the weights
