@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from models import guess_arch
+from utils.files.archive import RefusedError
 from utils.files.atomic import atomic_write
-from utils.files.compact import is_compact, load_compact
+from utils.files.inspection import inspect
+from utils.files.soundness import check_state
+from utils.files.unpack import is_compact, load_compact
 
 
 class CheckpointError(ValueError):
@@ -47,7 +49,8 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
         The dict, with at least `state_dict`, whose keys have lost a `module.` prefix (DataParallel).
 
     Raises:
-        CheckpointError: the file is missing, truncated, would run code, or holds no `state_dict`.
+        CheckpointError: the file is missing, truncated or damaged (a byte that was changed is noticed), would run code,
+            allocate more than it holds, or has no `state_dict` or keys of other types than ours.
     """
     path = Path(path)
     if path.is_dir():
@@ -55,27 +58,22 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: check the path")
     try:
-        compact = is_compact(path)
-        state = load_compact(path) if compact else torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            remedy = "use a file of tensors and plain types"
-            raise CheckpointError(f"{path} is refused, it holds objects that could run code: {remedy}") from error
-        raise CheckpointError(f"{path} is damaged or no checkpoint: use another copy") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError, TypeError) as error:
+        state = _read(path, map_location)
+        check_state(state)
+    except RefusedError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    except Exception as error:  # a damaged file makes zipfile, pickle and torch raise almost anything
         raise CheckpointError(f"{path} is truncated, damaged or no checkpoint: use another copy") from error
-    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), Mapping):
-        raise CheckpointError(f"{path} holds no 'state_dict': it is no checkpoint of cifar.py")
     tensors = {key.removeprefix("module."): value for key, value in state["state_dict"].items()}
-    if not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path} holds a 'state_dict' of other things than tensors: use another copy")
-    bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise CheckpointError(f"{path} holds NaN or infinity in {bad[0]}: use an earlier checkpoint")
-    for key in ("epoch", "acc", "best_acc"):  # the release may have stored tensors
-        if isinstance(state.get(key), Tensor):
-            state[key] = state[key].item()
     return state | {"state_dict": {name: value.to(map_location) for name, value in tensors.items()}}
+
+
+def _read(path: Path, map_location: str | torch.device) -> object:
+    """Return what a file of either kind holds."""
+    if is_compact(path):
+        return load_compact(path)
+    inspect(path)
+    return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, path: str | Path) -> None:
@@ -105,3 +103,7 @@ def check_network(model: nn.Module, state_dict: Mapping[str, Tensor], *, path: s
         raise CheckpointError(
             f"{path} is of another network ({len(names)} entries differ): {'; '.join(shown)}: {remedy}"
         )
+    kinds = {name: t.is_floating_point() for name, t in model.state_dict().items()}
+    other = next((name for name, t in state_dict.items() if t.is_floating_point() != kinds[name]), None)
+    if other:
+        raise CheckpointError(f"{path} holds {other} as {state_dict[other].dtype}: use a copy with its own type")

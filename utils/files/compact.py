@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from utils.files.atomic import atomic_write
+from utils.files.unpack import FORMAT, LARGEST
 
-FORMAT = "halo-compact-1"
 KEPT = ("epoch", "acc", "best_acc", "config", "preprocessing", "class_names", "pruning")  # beside the state_dict
 
 _SIGN = {torch.float16: 1 << 15, torch.bfloat16: 1 << 15, torch.float32: 1 << 31, torch.float64: 1 << 63}  # -0.0
@@ -50,8 +50,11 @@ def save_compact(path: str | Path, state: dict) -> None:
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: the network is too large to be read back.
     """
     tensors: Mapping[str, Tensor] = state["state_dict"]
+    if sum(tensor.numel() for tensor in tensors.values()) > LARGEST:
+        raise ValueError(f"{path} cannot hold more than {LARGEST:,} elements: keep the checkpoint")
     kinds: dict[str, list[Tensor]] = {}
     for tensor in tensors.values():
         kinds.setdefault(str(tensor.dtype).removeprefix("torch."), []).append(tensor)
@@ -70,47 +73,6 @@ def save_compact(path: str | Path, state: dict) -> None:
             archive.writestr(f"{kind}.values", lzma.compress(np.ascontiguousarray(planes).tobytes()))
 
 
-def is_compact(path: Path) -> bool:
-    """Tell whether a file is of this format."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return "meta.json" in archive.namelist()
-
-
-def load_compact(path: Path) -> dict:
-    """Read a compact file as a checkpoint.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            meta = json.loads(archive.read("meta.json"))
-            return meta["checkpoint"] | {"state_dict": _read_tensors(archive, meta["tensors"])}
-    except (zipfile.BadZipFile, lzma.LZMAError, KeyError, TypeError, AttributeError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: use another copy") from error
-
-
-def _read_tensors(archive: zipfile.ZipFile, entries: dict[str, list]) -> dict[str, Tensor]:
-    """Rebuild the tensors, type by type, in the order in which they were written."""
-    tensors = dict.fromkeys(entries)
-    for kind in {kind for kind, _ in entries.values()}:
-        names = [name for name, (its, _) in entries.items() if its == kind]
-        sizes = [math.prod(entries[name][1]) for name in names]
-        dtype = getattr(torch, kind)
-        size = torch.empty((), dtype=dtype).element_size()
-        mask = np.frombuffer(lzma.decompress(archive.read(f"{kind}.mask")), np.uint8)
-        mask = np.unpackbits(mask, count=sum(sizes)).astype(bool)
-        planes = np.frombuffer(lzma.decompress(archive.read(f"{kind}.values")), np.uint8).reshape(size, -1)
-        words = np.zeros(sum(sizes), f"<u{size}")
-        words[mask] = np.ascontiguousarray(planes.T).view(f"<u{size}")[:, 0]
-        flat = torch.from_numpy(words.view(np.uint8)).view(dtype)
-        for name, part in zip(names, flat.split(sizes), strict=True):
-            tensors[name] = part.reshape(entries[name][1]).clone()
-    return tensors
-
-
 def same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Tell whether two state_dicts hold the same names, types, shapes and bits."""
     return list(one) == list(other) and all(
@@ -127,6 +89,6 @@ def entropy_bound(weights: Mapping[str, Tensor]) -> float:
     """
     total = sum(w.numel() for w in weights.values())
     nonzeros = sum(int(w.count_nonzero()) for w in weights.values())
-    p = nonzeros / total
+    p = nonzeros / total if total else 0.0
     entropy = -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
     return (total * entropy + 32 * nonzeros) / 8

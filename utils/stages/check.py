@@ -99,7 +99,7 @@ def write_compact(path: Path, subject: Subject, args: argparse.Namespace) -> dic
         "checkpoint_bytes": Path(args.checkpoint).stat().st_size,
         "dense_bytes": dense,
         "entropy_bound_bytes": bound,
-        "ratio_to_bound": path.stat().st_size / bound,
+        "ratio_to_bound": path.stat().st_size / bound if bound else None,
         "negative_zeros": negative_zeros,
         "plain_zeros": args.plain_zeros,
     }
@@ -124,7 +124,8 @@ def print_report(report: dict, *, tau: float, classes: int | None) -> None:
         say(f"compact file {c['file']}: {c['bytes']} bytes, read back bit-equal")
         say(f"  the checkpoint has {c['checkpoint_bytes']} bytes, its tensors {c['dense_bytes']}")
         bound = f"{c['entropy_bound_bytes']:.0f} bytes"
-        say(f"  N*H(p) + 32*nonzeros bits of the prunable weights: {bound}, {c['ratio_to_bound']:.3f} times that")
+        times = f", {c['ratio_to_bound']:.3f} times that" if c["ratio_to_bound"] else ""
+        say(f"  N*H(p) + 32*nonzeros bits of the prunable weights: {bound}{times}")
         say(f"  {negative_zeros(c)}")
     stored = report["stored_top1"]
     said = "no accuracy" if stored is None else f"top-1 {float(stored):.2f}%"

@@ -1,0 +1,45 @@
+"""Whether a checkpoint that was read has the keys and types of one, whoever wrote it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from utils.files.archive import RefusedError
+
+
+def check_state(state: object) -> None:
+    """Raise unless this is a checkpoint; accuracies and epoch that are tensors, as in the release, become numbers.
+
+    Only what every stage reads is looked at; what a resumed run needs beyond that is `utils.training.resume`'s.
+
+    Raises:
+        RefusedError: with the key and what to do.
+    """
+    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), Mapping):
+        raise RefusedError("holds no 'state_dict': it is no checkpoint of cifar.py")
+    for name, value in state["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise RefusedError("holds a 'state_dict' of other things than tensors by name: use another copy")
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise RefusedError(f"holds {name} as a sparse or quantised tensor: use a dense one")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise RefusedError(f"holds NaN or infinity in {name}: use an earlier checkpoint")
+    for key in ("epoch", "acc", "best_acc"):
+        if key in state:
+            state[key] = _number(key, state[key])
+    epoch = state.get("epoch")
+    if epoch is not None and (epoch < 0 or epoch != int(epoch)):
+        raise RefusedError(f"holds {epoch} as 'epoch', where a whole number should be: use another copy")
+
+
+def _number(key: str, value: object) -> float | int | None:
+    """Return a finite number or None."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if value is None or (type(value) in (int, float) and math.isfinite(value)):
+        return value
+    raise RefusedError(f"holds no number under {key!r}: use another copy")
