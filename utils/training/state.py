@@ -13,6 +13,8 @@ from utils.distributed import is_main, processes, require_equal
 from utils.files.checkpoint import CheckpointError, load_weights, save_checkpoint
 from utils.logger import write_csv
 from utils.options import check_gmp
+from utils.training.fingerprint import check_images, fingerprint
+from utils.training.resume import check_parts, damaged, usable
 from utils.training.zeros import describe_zeros, restore
 
 if TYPE_CHECKING:
@@ -41,8 +43,9 @@ def network_state(run: Experiment) -> dict:
 
 
 def describe_images(data: Dataset) -> dict:
-    """Return what files say of the images, so that the accuracy can be repeated anywhere."""
-    return {"preprocessing": data.preprocessing.record(), "class_names": list(data.classes)}
+    """Return what files say of the images, so that the accuracy can be repeated anywhere, and a change noticed."""
+    known = {"preprocessing": data.preprocessing.record(), "class_names": list(data.classes)}
+    return known | {"images": fingerprint(data)}
 
 
 def run_state(run: Experiment) -> dict:
@@ -69,17 +72,23 @@ def load_state(run: Experiment, state: dict, path: str | Path) -> None:
         path: where it came from, for the messages.
 
     Raises:
-        CheckpointError: it is of another network, or of a run with other options.
+        CheckpointError: it is damaged, of another network, or of a run with other options or images.
     """
-    check_same_run(run, state, path)
-    for name in KEPT_ON_RESUME:
-        if getattr(run.args, name) is None:
-            setattr(run.args, name, state["config"].get(name))
-    check_gmp(run.args)
-    load_weights(run.model, state["state_dict"], path=path)
-    with torch.no_grad():
-        for name, lam in run.penalty.lambdas.items():
-            lam.copy_(state["lambdas"][name])
+    with usable(path):
+        check_same_run(run, state, path)
+        for name in KEPT_ON_RESUME:
+            if getattr(run.args, name) is None:
+                setattr(run.args, name, state["config"].get(name))
+        check_gmp(run.args)
+        load_weights(run.model, state["state_dict"], path=path)
+        check_parts(run, state, path)
+        _take_parts(run, state)
+
+
+@torch.no_grad()
+def _take_parts(run: Experiment, state: dict) -> None:
+    for name, lam in run.penalty.lambdas.items():
+        lam.copy_(state["lambdas"][name])
     saved = [state["optimizer"], state["reg_optimizer"]]
     for optimizer, value in zip(run.optimizers, saved, strict=False):
         optimizer.load_state_dict(value)
@@ -98,13 +107,18 @@ def check_same_run(run: Experiment, state: dict, path: str | Path) -> None:
     """Raise unless a checkpoint is one of this run that still has epochs to come.
 
     Raises:
-        CheckpointError: it lacks something, is of other options, or has more epochs than asked for.
+        CheckpointError: it lacks something, is of other options or images, or has more epochs than asked for.
     """
     missing = [key for key in ("config", "optimizer", "schedulers", "scaler", "history", "rng") if key not in state]
     if missing:
         load_weights(run.model, state["state_dict"], path=path)  # another network is the better message
         raise CheckpointError(f"{path} holds no {missing[0]!r} to continue with: resume from a checkpoint.pth.tar")
-    config, mine = state["config"], vars(run.args) | {"num_classes": len(run.data.classes)}
+    config = state["config"]
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        raise damaged(path, "no names and values under 'config'")
+    if type(state.get("epoch")) is not int:
+        raise damaged(path, "no number under 'epoch'")
+    mine = vars(run.args) | {"num_classes": len(run.data.classes)}
     kept = {key for key in KEPT_ON_RESUME if mine[key] is None}
     keys = [key for key in {**config, "mask": None, "gmp": None} if key not in FREE_ON_RESUME | kept]
     changed = [key for key in keys if config.get(key) != mine.get(key)]
@@ -113,6 +127,7 @@ def check_same_run(run: Experiment, state: dict, path: str | Path) -> None:
         raise CheckpointError(f"{path} is of another run: {was}; give the same options, or start a new run")
     if state["epoch"] > run.args.epochs:
         raise CheckpointError(f"{path} has {state['epoch']} epochs already: give --epochs {state['epoch']} or more")
+    check_images(run.data, state, path)
 
 
 def save_state(run: Experiment) -> None:

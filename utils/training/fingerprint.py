@@ -1,0 +1,64 @@
+"""Which images a run is trained on, in a few hundred bytes, so that a resumed run notices that they changed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from utils.files.checkpoint import CheckpointError
+
+if TYPE_CHECKING:
+    from utils.training.dataset import Dataset
+
+SAMPLE = 64  # images of each split whose pixels are looked at
+
+
+def fingerprint(data: Dataset) -> dict:
+    """Return, of each split, the number of images and SHA-256 of its labels and of the pixels of SAMPLE images."""
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    return {
+        name: {
+            "count": len(split.labels),
+            "labels": hashlib.sha256(split.labels.cpu().numpy().tobytes()).hexdigest(),
+            "pixels": hashlib.sha256(split.images[_sample(len(split.labels))].cpu().numpy().tobytes()).hexdigest(),
+        }
+        for name, split in splits.items()
+        if split is not None
+    }
+
+
+def _sample(count: int) -> torch.Tensor:
+    """Return positions spread evenly over a split."""
+    return torch.linspace(0, count - 1, min(count, SAMPLE), dtype=torch.float64).round().long()
+
+
+def check_images(data: Dataset, state: Mapping, path: str | Path) -> None:
+    """Raise if a run would go on with other images than it had; a checkpoint of an older version does not tell.
+
+    Raises:
+        CheckpointError: with what differs.
+    """
+    names, before, now = state.get("class_names"), state.get("images"), fingerprint(data)
+    parts = [(split, part) for split in now for part in now[split]] if isinstance(before, Mapping) else []
+    changed = [(split, part) for split, part in parts if _part(before, split, part) != now[split][part]]
+    if names is not None and list(names) != list(data.classes):
+        one, other = next((a, b) for a, b in zip(names, data.classes, strict=True) if a != b)
+        differs = f"a class was called {one!r} and is {other!r}"
+    elif changed and changed[0][1] == "count":
+        split = changed[0][0]
+        differs = f"{_part(before, split, 'count')} in {split}, now {now[split]['count']}"
+    elif changed:
+        differs = f"other {changed[0][1]} in {changed[0][0]}"
+    else:
+        return
+    remedy = "name the same with --data, or begin a new run with --start"
+    raise CheckpointError(f"{path} was trained on other images ({differs}): {remedy}")
+
+
+def _part(recorded: Mapping, split: str, part: str) -> object:
+    of_split = recorded.get(split)
+    return of_split.get(part) if isinstance(of_split, Mapping) else None
