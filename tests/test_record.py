@@ -151,12 +151,12 @@ def as_older_version_wrote(path):
 
 
 def test_a_checkpoint_of_an_older_version_resumes_bit_for_bit(tmp_path):
-    options = ["-d", "digits", "-a", "resnet", "--depth", "8", "--halo", "--xi", "1e-3", "--psi", "1e-3", "--schedule"]
-    train(*options, "--epochs", 2, "--save_dir", tmp_path / "straight")
-    train(*options, "--epochs", 1, "--save_dir", tmp_path / "halves")
+    options = ["-d", "digits", "-a", "lenet_5", "--halo", "--xi", "1e-3", "--psi", "1e-3", "--schedule", "--lr", "0.05"]
+    call(mnist.mnist, *options, "--epochs", 2, "--save_dir", tmp_path / "straight")
+    call(mnist.mnist, *options, "--epochs", 1, "--save_dir", tmp_path / "halves")
     checkpoint = tmp_path / "halves" / "checkpoint.pth.tar"
     as_older_version_wrote(checkpoint)
-    train(*options, "--epochs", 2, "--save_dir", tmp_path / "halves", "--resume", checkpoint)
+    call(mnist.mnist, *options, "--epochs", 2, "--save_dir", tmp_path / "halves", "--resume", checkpoint)
     one, other = (load_checkpoint(tmp_path / name / "final.pth.tar") for name in ("straight", "halves"))
     for key in ("state_dict", "lambdas"):
         assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])

@@ -152,13 +152,13 @@ def epoch_line(row: dict, *, epochs: int, left: float) -> str:
     penalty = row["train_loss_penalized"] - row["train_loss"]
     parts = [  # the text, and when it goes if there is no room: the highest first
         (f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", 0),
-        (f"lr {row['lr']:.3g}", 3),
+        (f"lr {row['lr']:.3g}", 5),
         (f"loss {_short(row['train_loss'])}" + (f" + {penalty:.3g}" if penalty else ""), 2),
-        (f"top-1 {row['train_top1']:.2f}% train", 1),
-        (f"{row[f'{held_out}_top1']:.2f}% {held_out}", 0),
-        (f"|w| <= 1e-3: {100 * row['fraction_1e-3']:.1f}%", 4),
+        (f"train {row['train_top1']:.2f}%", 1),
+        (f"{held_out} {row[f'{held_out}_top1']:.2f}%", 0),
+        (f"|w| <= 1e-3: {100 * row['fraction_1e-3']:.1f}%", 3),
         (f"{_short(row['seconds'], digits=1)} s", 6),
-        (f"ETA {clock(left)}", 5) if left > 0 else ("", 7),
+        (f"ETA {clock(left)}", 4) if left > 0 else ("", 7),
     ]
     while len(text := "  ".join(part for part, _ in parts if part)) > LINE:
         parts.remove(max(parts, key=lambda part: part[1]))

@@ -1,0 +1,249 @@
+"""Your own images and your own network, through all stages."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, start, train, write_images
+from PIL import Image
+from torch import nn
+
+import check_params
+import cifar
+import cifar_prune_iterative
+import compute_energy
+from models import build_model, check_image_size, check_own_network, find_arch, takes_linear
+from utils.files import load_model
+from utils.files.checkpoint import load_checkpoint
+from utils.files.preprocessing import CIFAR, Preprocessing
+from utils.options import OptionError
+from utils.training import folder
+from utils.training.data import load_dataset
+
+MOBILE = "torchvision.models:mobilenet_v3_small"
+
+
+def call(script, *options):
+    return script.main(script.get_parser().parse_args([str(option) for option in options]))
+
+
+@pytest.mark.filterwarnings("ignore:halo takes")
+def test_a_network_of_your_own_through_all_stages(images, tmp_path):
+    options = ["-d", "folder", "--data", images, "-a", MOBILE, "--image_size", 24, "--schedule", "--train_batch", 18]
+    options += ["--halo", "--xi", "1e-3", "--psi", "1e-3", "--lr", "0.01"]
+    train(*options, "--epochs", 2, "--save_dir", tmp_path / "straight")
+    train(*options, "--epochs", 1, "--save_dir", tmp_path / "run")
+    resume = ["--resume", tmp_path / "run" / "checkpoint.pth.tar"]
+    train(*options, "--epochs", 2, "--save_dir", tmp_path / "run", *resume)
+    final = tmp_path / "run" / "final.pth.tar"
+    one, other = load_checkpoint(tmp_path / "straight" / "final.pth.tar"), load_checkpoint(final)
+    assert all(torch.equal(one["state_dict"][name], other["state_dict"][name]) for name in one["state_dict"])
+
+    report = call(cifar_prune_iterative, "--data", images, "--percent", 0.9, "--resume", final)
+    assert report["results"][0]["sparsity"] == pytest.approx(0.9, abs=1e-5) and report["arch"] == MOBILE
+    pruned, small = tmp_path / "run" / "pruned" / "pruned_0.9.pth.tar", tmp_path / "small.halo"
+    report = call(check_params, "--data", images, "--checkpoint", pruned, "--compact", small)
+    assert report["test"]["top1"] == pytest.approx(report["stored_top1"])
+    where = ["--save", tmp_path / "e", "--layers", "features.0.0"]
+    energy = call(compute_energy, "--data", images, "--checkpoint", small, *where)
+    assert next(iter(energy["checkpoints"].values()))["features.0.0"]["channels"] == 16
+    model = load_model(small)
+    assert type(model).__name__ == "MobileNetV3" and not model.training
+    assert model(model.preprocess(Image.new("RGB", (50, 30)))).shape == (1, 3)
+
+
+NETWORKS = """
+from torch import nn
+
+class Small(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Flatten(), nn.Linear(4 * 12 * 12, count))
+
+    def forward(self, x):
+        return self.layers(x)
+
+def numbers(num_classes):
+    return [num_classes]
+
+def wrong(num_classes):
+    return nn.Flatten()
+
+def fails(num_classes):
+    raise RuntimeError("out of luck")
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A current directory that holds a module of networks; the Python path does not keep it."""
+    import sys
+
+    (tmp_path / "my_nets.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    sys.modules.pop("my_nets", None)
+
+
+def test_a_network_of_the_current_directory_runs_only_where_it_is_named(here, images):
+    options = ["-d", "folder", "--data", images, "--image_size", "16", "--epochs", "1", "--schedule"]
+    train(*options, "-a", "my_nets:Small", "--save_dir", "run")
+
+    def check(*more):
+        process = start("--checkpoint", "run/final.pth.tar", "--no_data", *more, script="check_params.py", cwd=here)
+        output, errors = process.communicate(timeout=60)
+        return process.returncode, output, errors
+
+    status, _, errors = check()
+    assert status == 2 and "not on the Python path" in errors and "-a my_nets:Small" in errors
+    status, output, _ = check("-a", "my_nets:Small")
+    assert status == 0 and "layers.0.weight" in output
+    assert load_model("run/final.pth.tar", arch="my_nets:Small").class_names == ("class0", "class1", "class2")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("nowhere:net", "no such network"),
+        ("my_nets:nothing", "has no attribute 'nothing'"),
+        ("os:_exit", "holds no networks"),
+        (":net", "holds no networks"),
+        ("my_nets:numbers", "returned list"),
+        ("my_nets:fails", "out of luck"),
+        ("my_nets:wrong", "must map two 3x16x16 images to logits (2, 3): it gives (2, 768)"),
+        ("my_nets:Small", "cannot take 3x17x17 images"),
+    ],
+)
+def test_a_network_that_cannot_be_used_is_one_line(here, images, fails, name, words):
+    size = "17" if "17" in words else "16"
+    status, line = fails("-d", "folder", "--data", images, "-a", name, "--image_size", size, "--save_dir", "run")
+    assert status in (1, 2) and words in line
+    assert ("of the sizes tried it takes 16" in line) == (size == "17")
+
+
+def test_linear_layers_are_taken_where_there_is_no_convolution(here):
+    (here / "my_nets.py").write_text("from torch import nn\ndef mlp(n):\n    return nn.Sequential(nn.Linear(12, n))\n")
+    assert takes_linear("my_nets:mlp", build_model("my_nets:mlp", 2))
+    assert not takes_linear(MOBILE, build_model(MOBILE, 2)) and takes_linear("lenet_5", build_model("lenet_5", 10))
+    assert find_arch("my_nets:mlp").depth is None
+
+
+@pytest.mark.parametrize("arch", ["vgg11_bn", "resnet", "lenet_5", "lenet_300_100"])
+def test_the_sizes_that_an_architecture_states_are_those_it_takes(arch):
+    """Each limit is tried with the network itself, and the size beyond it."""
+    model, spec = build_model(arch, 3, 8 if arch == "resnet" else None).eval(), find_arch(arch)
+    low, high = spec.sizes
+    for size in {low, high or 65} | {low - 1, (high or 65) + 1}:
+        takes = low <= size <= (high or size)
+        if size < 1:
+            continue
+        try:
+            worked = model(torch.zeros(1, spec.shape[0], size, size)).shape == (1, 3)
+        except RuntimeError:
+            worked = False
+        assert worked == takes, size
+        if takes:
+            check_image_size(arch, size)
+        else:
+            with pytest.raises(ValueError, match="--image_size"):
+                check_image_size(arch, size)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["-a", "vgg11_bn", "--image_size", "64"], "vgg11_bn cannot take 64x64 images: give --image_size 32 to 63"),
+        (["-d", "cifar10", "--image_size", "32"], "--image_size is for -d folder"),
+        (["-a", "resnet", "--padding", "33"], "--padding 33 exceeds the image: give at most 32"),
+        (["-d", "digits", "--no_flip"], "--no_flip does nothing with -d digits"),
+        (["-a", "resnet", "--image_size", "0"], "0 is out of range"),
+    ],
+)
+def test_options_that_cannot_be(images, tmp_path, fails, options, words):
+    status, line = fails("-d", "folder", "--data", images, *options, "--save_dir", tmp_path / "run")
+    assert status == 2 and words in line
+
+
+def test_shorter_side_resized_and_centre_cropped():
+    """Against torchvision's resize; sizes whose longer side needs no rounding."""
+    from torchvision.transforms import v2
+
+    random = np.random.default_rng(0)
+    for width, height in ((60, 40), (40, 60), (16, 90), (24, 24)):
+        image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        used = Preprocessing((3, 24, 24), (0.5,) * 3, (0.2,) * 3)
+        resized = v2.functional.resize(image, 24, interpolation=v2.InterpolationMode.BILINEAR)
+        longer = max(resized.size)
+        cut = (longer - 24) // 2
+        expected = np.asarray(resized)[cut : cut + 24] if height > width else np.asarray(resized)[:, cut : cut + 24]
+        assert np.array_equal(used.pixels(image).permute(1, 2, 0).numpy(), expected)
+
+
+def test_mean_and_deviation_are_those_of_the_training_images(tmp_path):
+    write_images(tmp_path, train=9)
+    data = load_dataset("folder", tmp_path, shape=(3, 20, 20), val_split=5)
+    pixels = data.train.images.double() / 255
+    assert data.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-4)
+    assert data.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-4)
+    assert data.mean != CIFAR.mean and data.flip and data.padding == 4
+
+
+def test_an_image_without_spread_can_be_normalised(tmp_path):
+    mean, std = folder.pixel_statistics([torch.full((2, 3, 4, 4), 51, dtype=torch.uint8)])
+    assert mean == (0.2, 0.2, 0.2) and std == (1 / 255,) * 3
+
+
+def test_images_that_do_not_fit_into_the_memory_are_refused_before_they_are_read(images, monkeypatch, fails, tmp_path):
+    monkeypatch.setattr(folder, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(folder, "read_image", lambda *_: pytest.fail("an image was read"))
+    options = ["-d", "folder", "--data", images, "-a", "resnet", "--image_size", "2000", "--save_dir", tmp_path / "run"]
+    status, line = fails(*options)
+    assert status == 1 and "54 images of 3x2000x2000 need 0.60 GiB of memory; 0.00 GiB are available" in line
+    assert "50%" in line and "--image_size" in line
+
+
+def test_the_memory_there_is():
+    there = folder.available_memory()
+    assert there is None or 2**20 < there < 2**50
+
+
+def test_augmentation_follows_the_options_and_the_stages_know_them(images, tmp_path):
+    options = ["-d", "folder", "--data", images, "-a", "resnet", "--depth", "8", "--epochs", "1", "--schedule"]
+    train(*options, "--padding", "0", "--no_flip", "--save_dir", tmp_path / "run")
+    seen = []
+    from utils.stages import prune
+
+    original = prune.recalibrate_batch_norm
+
+    def watch(model, data, *args, **kwargs):
+        seen.append((data.padding, data.flip))
+        return original(model, data, *args, **kwargs)
+
+    prune.recalibrate_batch_norm = watch
+    try:
+        final = tmp_path / "run" / "final.pth.tar"
+        call(cifar_prune_iterative, "--data", images, "--percent", 0.5, "--recalibrate_bn", 9, "--resume", final)
+    finally:
+        prune.recalibrate_batch_norm = original
+    assert seen == [(0, False)]
+    with pytest.raises(OptionError, match="--padding 40"):
+        load_dataset("folder", images, padding=40)
+
+
+def test_check_own_network_leaves_named_ones_alone():
+    check_own_network("resnet", nn.Identity(), (3, 1, 1), 5)
+
+
+@pytest.mark.parametrize("page", ["your_own_images.md", "your_own_network.md"])
+def test_commands_of_the_pages_parse(page):
+    """Every command line of the pages is one that its script takes."""
+    import shlex
+
+    scripts = {s.__name__: s for s in (cifar, check_params, cifar_prune_iterative, compute_energy)}
+    text = (ROOT / "docs" / page).read_text()
+    lines = re.findall(r"^ {4}python (\w+)\.py (.*)$", text, flags=re.M)
+    assert lines
+    for script, options in lines:
+        scripts[script].get_parser().parse_args(shlex.split(options))
