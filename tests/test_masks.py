@@ -16,7 +16,7 @@ from utils import FixedZeros, make_penalty, penalized_parameters, prunable_weigh
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.halo.lambda_sgd import FusedHALO, LambdaSGD
 from utils.halo.masks import and_
-from utils.halo.penalties import CHUNK
+from utils.halo.memory import CHUNK
 from utils.training.compiled import find_compiler
 
 COEFFICIENTS = {"none": {}, "l1": {"xi": 0.01}, "mcp": {"xi": 0.01, "psi": 9}}

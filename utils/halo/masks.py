@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .penalties import pieces
+from .memory import pieces
 
 # The integers in which a number's bits are masked: an "and" is as fast as memory and leaves 0.0, where a product
 # would leave -0.0 and NaN, and masked_fill_ takes ten times as long on CPU.
