@@ -240,6 +240,32 @@ def describe(args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
+def portable_path(path: str | Path) -> str:
+    """Name a file so that no folder of this machine shows, for what is kept or shown to others.
+
+    Args:
+        path: of a file or folder; a relative one is left as it is.
+
+    Returns:
+        An absolute path relative to the repository, or its last two parts where it lies elsewhere.
+    """
+    absolute = Path(path)
+    if not absolute.is_absolute():
+        return str(path)
+    if absolute.is_relative_to(REPOSITORY):
+        return absolute.relative_to(REPOSITORY).as_posix()
+    return "/".join(absolute.parts[1:][-2:])
+
+
+def portable_arguments(arguments: Iterable[str]) -> list[str]:
+    """Return a command line with the paths in it, those behind `--option=` too, as portable_path names them."""
+    named = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        named.append(f"{option}{equals}{portable_path(value)}")
+    return named
+
+
 def read_json(path: str | Path) -> dict | None:
     """Read a JSON file; None if there is none.
 
@@ -257,15 +283,20 @@ def read_json(path: str | Path) -> dict | None:
 def write_json(path: str | Path, content: dict) -> None:
     """Write a JSON file atomically; NaN and infinity, which JSON lacks, become null.
 
+    Every text that is an absolute path is written as portable_path names it: such files are kept, committed and read
+    on other machines, so none of them may be needed to find a file again.
+
     Raises:
         OSError: the file cannot be written; what it held before is untouched.
     """
 
     def clean(value: object) -> object:
         if isinstance(value, dict):
-            return {str(key): clean(item) for key, item in value.items()}
+            return {portable_path(str(key)): clean(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [clean(item) for item in value]
+        if isinstance(value, (str, Path)):
+            return portable_arguments([str(value)])[0]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     write_text(path, json.dumps(clean(content), indent=2) + "\n")

@@ -24,7 +24,7 @@ from utils.halo.pruning import (
     sparsity_per_layer,
 )
 from utils.logger import result_text, say, warn, write_csv
-from utils.run import refuse_existing, set_seed, write_json
+from utils.run import portable_path, refuse_existing, set_seed, write_json
 from utils.stages.subject import load_subject
 from utils.training.dataset import Dataset
 from utils.training.epoch import evaluate
@@ -169,8 +169,8 @@ def _save(
 
 def _table(report: dict, *, classes: int) -> str:
     """Format prune.json for reading."""
-    numbers = partial(result_text, classes=classes)
-    lines = [f"{report['checkpoint']}: {report['scheme']} pruning of {report['arch']} on {report['dataset']}"]
+    numbers, path = partial(result_text, classes=classes), portable_path(report["checkpoint"])
+    lines = [f"{path}: {report['scheme']} pruning of {report['arch']} on {report['dataset']}"]
     before = report["before"]
     lines.append(f"before            sparsity {before['sparsity']:.4f}  {numbers(before)}")
     for result in report["results"]:
