@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from utils import options, plots
+from utils import options
 from utils.files.atomic import write_text
 from utils.logger import say
-from utils.run import read_json, require_writable, run_script, write_json
-from utils.studies.adaptivity import LABELS, HaloRun, describe_lambdas, load_run, measure_control
+from utils.plot_methods import failed_to_learn
+from utils.run import portable_arguments, read_json, require_writable, run_script, write_json
+from utils.studies.adaptivity import LABELS, HaloRun, describe_lambdas, draw, load_run, measure_control
 from utils.studies.report import top1_table
 from utils.studies.study import read_accuracies
 
@@ -79,35 +80,28 @@ def rows_of(found: dict[str, list[dict[float, float]]], percent: tuple[float, ..
         found: for each control the top-1 by ratio, of every run.
         percent: the ratios.
     """
+    best = max(run[0.0] for runs in found.values() for run in runs)
     rows = []
     for name, runs in found.items():
+        failed = [failed_to_learn(run[0.0], best) for run in runs]
         for ratio in (0.0, *percent):
             values = [run[ratio] for run in runs]
             spread = stdev(values) if len(values) > 1 else ""
             row = {"method": LABELS[name], "ratio": ratio, "n": len(values)}
-            rows.append(row | {"top1_mean": mean(values), "top1_std": spread})
+            rows.append(row | {"top1_mean": mean(values), "top1_std": spread, "top1_seeds": values, "failed": failed})
     return rows
-
-
-def finding(rows: list[dict]) -> str:
-    """Say what HALO and the first controls keep at the highest ratio that costs HALO at most a point."""
-    top1 = {(row["method"], row["ratio"]): row["top1_mean"] for row in rows}
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    halo = LABELS["halo"]
-    ratio = max(r for method, r in top1 if method == halo and top1[halo, r] >= top1[halo, 0.0] - 1)
-    return f"at {ratio:g} removed: " + ", ".join(f"{method} {top1[method, ratio]:.1f}%" for method in methods[:3])
 
 
 def write_report(out: Path, rows: list[dict], lambdas: list[dict], title: str) -> None:
     """Write adaptivity.md, adaptivity.json and adaptivity.png."""
-    command = shlex.join(["python", "adaptivity.py", *sys.argv[1:]])
+    command = shlex.join(["python", "adaptivity.py", *portable_arguments(sys.argv[1:])])
     text = [f"# {title}", "", f"    {command}", ""]
     text += top1_table(rows, f"Top-1 (%) on the held-out images, mean ± standard deviation, n = {rows[0]['n']}")
     text += ["## lam at the end of each run", "", f"| {' | '.join(lambdas[0])} |", "|---" * len(lambdas[0]) + "|"]
     text += [f"| {' | '.join(f'{value:.4g}' for value in row.values())} |" for row in lambdas]
     write_text(out / "adaptivity.md", "\n".join([*text, ""]))
-    write_json(out / "adaptivity.json", {"command": command, "rows": rows, "lambdas": lambdas})
-    plots.plot_study(rows, out / "adaptivity.png", title=title, finding=finding(rows), images="held-out")
+    write_json(out / "adaptivity.json", {"title": title, "command": command, "rows": rows, "lambdas": lambdas})
+    draw(rows, out / "adaptivity.png", title=title)
 
 
 def main(args: argparse.Namespace) -> dict:

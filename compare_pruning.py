@@ -2,42 +2,78 @@
 
     python compare_pruning.py none/pruned/prune.json halo/pruned/prune.json --labels none HALO --save compare.png
 
-Prints a table in Markdown: top-1 on the test images before pruning and at every ratio that all runs have.
+Prints a table in Markdown: top-1 before pruning and at every ratio that a run has; a cell is empty where a run was not
+pruned at that ratio. All runs must be of one network on the same images, unless --mixed says otherwise.
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
-from utils import options, plots
+from utils import options
 from utils.logger import say
-from utils.run import refuse_existing, run_script
-from utils.studies.study import read_accuracies
+from utils.plot_methods import plot_comparison
+from utils.run import portable_path, read_json, refuse_existing, run_script
+from utils.studies.study import accuracies_of
+
+COMPARED = ("dataset", "images", "arch", "depth")  # in which runs must agree
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = options.Parser(__doc__)
-    parser.add_argument("reports", metavar="PRUNE_JSON", nargs="+", help="prune.json files of the same data set")
+    parser.add_argument("reports", metavar="PRUNE_JSON", nargs="+", help="prune.json files")
     parser.add_argument("--labels", metavar="TEXT", nargs="+", help="names of the runs (default: their paths)")
     parser.add_argument("--sentence", action="store_true", help="end with one sentence on what was kept")
+    parser.add_argument("--mixed", action="store_true", help="allow different data sets and networks")
     parser.add_argument("--save", metavar="FILE", help="draw the figure, as PNG")
     parser.add_argument("--overwrite", action="store_true", help="replace a figure that exists")
     return parser
 
 
-def read_report(path: str) -> dict[float, float]:
-    """Return top-1 in percent by ratio, 0 for the network before pruning.
+def read_report(path: str) -> tuple[dict, dict[float, float]]:
+    """Return what a run is of, and its top-1 in percent by ratio, 0 for the network before pruning.
 
     Raises:
         ValueError: the file is missing or not written by the pruning stage.
     """
     try:
-        accuracies = read_accuracies(Path(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        report = read_json(path)
+        if report is None:
+            raise ValueError(f"{path} does not exist: give a prune.json of cifar_prune_iterative.py")
+        return {key: report[key] for key in COMPARED}, accuracies_of(report)
+    except (OSError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no prune.json of cifar_prune_iterative.py: give that file") from error
-    if not accuracies:
-        raise ValueError(f"{path} does not exist: give a prune.json of cifar_prune_iterative.py")
-    return accuracies
+
+
+def require_alike(runs: Mapping[str, Mapping]) -> None:
+    """Refuse to compare runs of different data sets or networks.
+
+    Raises:
+        OptionError: two differ, with in what.
+    """
+    (first, setting), *others = runs.items()
+    for label, other in others:
+        for key in COMPARED:
+            if other[key] != setting[key]:
+                text = f"{first} has {key} {setting[key]}, {label} has {other[key]}"
+                raise options.OptionError(f"{text}: compare runs that agree, or give --mixed")
+
+
+def print_table(runs: Mapping[str, Mapping[float, float]]) -> None:
+    """Print a line a run and a column a ratio."""
+    ratios = sorted({ratio for run in runs.values() for ratio in run})
+    say("| | " + " | ".join("dense" if ratio == 0 else f"{ratio:g}" for ratio in ratios) + " |")
+    say("|---" * (len(ratios) + 1) + "|")
+    for label, run in runs.items():
+        say(f"| {label} | " + " | ".join(f"{run[ratio]:.2f}" if ratio in run else "" for ratio in ratios) + " |")
+
+
+def describe(settings: Mapping[str, Mapping]) -> str:
+    """Return a title: what the runs are of, and that single runs name no winner."""
+    names = {f"{s['dataset']}, {s['arch']}" + (f" {s['depth']}" if s["depth"] else "") for s in settings.values()}
+    what = names.pop() if len(names) == 1 else f"{len(names)} different data sets or networks"
+    return f"{what}: top-1 after pruning\none run each (n = 1): no spread is known, so no winner is named"
 
 
 def finding(runs: dict[str, dict[float, float]]) -> str:
@@ -63,21 +99,20 @@ def main(args: argparse.Namespace) -> dict:
     Returns:
         Label to ratio to top-1 in percent.
     """
-    labels = args.labels or args.reports
+    labels = args.labels or [portable_path(path) for path in args.reports]
     if len(set(labels)) != len(args.reports):
         raise options.OptionError("give as many different --labels as there are reports")
     if args.save:
         refuse_existing([Path(args.save)], overwrite=args.overwrite)
-    runs = {label: read_report(path) for label, path in zip(labels, args.reports, strict=True)}
-    ratios = sorted(set.intersection(*(set(run) for run in runs.values())))
-    say("| | " + " | ".join("dense" if ratio == 0 else f"{ratio:g}" for ratio in ratios) + " |")
-    say("|---" * (len(ratios) + 1) + "|")
-    for label, run in runs.items():
-        say(f"| {label} | " + " | ".join(f"{run[ratio]:.2f}" for ratio in ratios) + " |")
+    settings, runs = {}, {}
+    for label, path in zip(labels, args.reports, strict=True):
+        settings[label], runs[label] = read_report(path)
+    if not args.mixed:
+        require_alike(settings)
+    print_table(runs)
     if args.save:
-        best = max(runs, key=lambda label: runs[label][ratios[-1]])
-        title = f"at {ratios[-1]:g} pruned, {best} keeps most: {runs[best][ratios[-1]]:.2f}% top-1"
-        plots.plot_comparison(runs, args.save, title=title)
+        images = " and ".join(sorted({setting["images"] for setting in settings.values()}))
+        plot_comparison(runs, args.save, title=describe(settings), images=images)
     if args.sentence:
         say(f"\n{finding(runs)}")
     return runs

@@ -17,7 +17,7 @@ from models import ARCHS
 from utils import options, plots
 from utils.files.atomic import atomic_write
 from utils.logger import say
-from utils.run import refuse_existing, run_script, write_json
+from utils.run import portable_path, refuse_existing, run_script, write_json
 from utils.stages.energy import POOLS, components, effective_rank, layer_energies, measured_layers
 from utils.stages.subject import Subject, load_subject
 from utils.training.data import DATASETS
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> dict:
     Returns:
         The content of OUT.json.
     """
-    labels = args.labels or args.checkpoint
+    labels = args.labels or [portable_path(path) for path in args.checkpoint]
     if len(set(labels)) != len(args.checkpoint):
         raise options.OptionError("give as many different --labels as there are checkpoints")
     stem = Path(args.save).with_suffix("") if Path(args.save).suffix in (".npz", ".json", ".png") else Path(args.save)
@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> dict:
     with atomic_write(paths["npz"]) as file:
         np.savez(file, **arrays)
     write_json(paths["json"], report)
-    plots.plot_energy(energies, paths["png"], pool=args.pool)
+    plots.plot_energy(report["checkpoints"], paths["png"], pool=args.pool, energies=energies)
     for label, layers in report["checkpoints"].items():
         say(label)
         for name, layer in layers.items():

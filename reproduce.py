@@ -18,7 +18,7 @@ from pathlib import Path
 from utils import options
 from utils.files.lock import folder_lock
 from utils.logger import duration, say
-from utils.run import require_writable, run_script
+from utils.run import portable_path, require_writable, run_script
 from utils.studies.checks import check_numbers
 from utils.studies.jobs import Job, final_jobs, require_same_options, run_jobs, save_choice, tuning_jobs
 from utils.studies.progress import Progress, committed_seconds, to_come
@@ -47,6 +47,15 @@ def list_studies() -> dict:
     for name, title in titles.items():
         say(f"{name:<20}{title}")
     return titles
+
+
+def full_command(args: argparse.Namespace) -> str:
+    """Return the command that repeats a study here or on another machine, for its table; DIR stands for the images."""
+    parts = ["python", "reproduce.py", portable_path(args.study), "--data", "DIR"]
+    parts += ["--out", portable_path(args.out)] if args.out else []
+    parts += ["--jobs", str(args.jobs)] if args.jobs else []
+    parts += ["--seeds", *map(str, args.seeds)] if args.seeds else []
+    return shlex.join(parts)
 
 
 def run_phase(jobs: list[Job], out: Path, *, processes: int, guess: float | None) -> None:
@@ -97,9 +106,6 @@ def main(args: argparse.Namespace) -> dict:
         return dry_run(study, out, args.data, processes=processes)
     require_writable(out, make=True)
     start = time.perf_counter()
-    command = f"python reproduce.py {shlex.quote(args.study)}" + (
-        f" --seeds {' '.join(map(str, args.seeds))}" if args.seeds else ""
-    )
     guess = committed_seconds(study)
     with folder_lock(out, remedy="choose another --out"):
         try:
@@ -109,7 +115,7 @@ def main(args: argparse.Namespace) -> dict:
         except KeyboardInterrupt as error:
             raise type(error)(f"stopped; the same command goes on, {out} holds what is done") from error
         finally:
-            rows = write_report(study, out, command=command)
+            rows = write_report(study, out, command=full_command(args))
     say(f"{duration(time.perf_counter() - start)}; {out}/table.md, table.csv, accuracy_vs_sparsity.png, pareto.png")
     return rows
 

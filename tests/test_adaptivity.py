@@ -9,7 +9,16 @@ import torch
 import adaptivity
 from mnist import mnist
 from utils.files.checkpoint import load_checkpoint
-from utils.studies.adaptivity import LABELS, AveragedHALO, GrowingL1, describe_lambdas, load_run, measure_control
+from utils.run import portable_path
+from utils.studies.adaptivity import (
+    LABELS,
+    AveragedHALO,
+    GrowingL1,
+    costless,
+    describe_lambdas,
+    load_run,
+    measure_control,
+)
 from utils.studies.study import read_accuracies
 from utils.training.epoch import NonFiniteLossError
 
@@ -56,7 +65,7 @@ def test_every_control_is_measured_on_the_held_out_images(done):
 def test_halo_itself_is_measured_as_it_is(runs, done):
     out, _ = done
     report = json.loads((out / "halo" / "seed1" / "val" / "prune.json").read_text())
-    assert report["checkpoint"] == str(runs[0] / "final.pth.tar")
+    assert report["checkpoint"] == portable_path(runs[0] / "final.pth.tar")
 
 
 def test_averaged_lam_are_one_value_a_layer_and_still_learned(runs, done):
@@ -129,7 +138,17 @@ def test_only_some_controls(runs, done, tmp_path):
 def test_the_title_takes_the_highest_ratio_that_costs_halo_at_most_a_point():
     top1 = {"HALO": {0.0: 98.0, 0.9: 97.5, 0.99: 60.0}, "L1": {0.0: 97.0, 0.9: 80.0, 0.99: 79.0}}
     rows = [{"method": m, "ratio": r, "top1_mean": value} for m, of in top1.items() for r, value in of.items()]
-    assert adaptivity.finding(rows) == "at 0.9 removed: HALO 97.5%, L1 80.0%"
+    assert costless(rows) == 0.9
+
+
+def test_rows_hold_every_seed_and_whether_it_learned():
+    found = {
+        "halo": [{0.0: 98.0, 0.9: 97.0}, {0.0: 98.2, 0.9: 97.4}],
+        "last_l1": [{0.0: 97.0, 0.9: 96.0}, {0.0: 10.0, 0.9: 10.0}],
+    }
+    rows = adaptivity.rows_of(found, (0.9,))
+    row = next(row for row in rows if row["method"] == LABELS["last_l1"] and row["ratio"] == 0.9)
+    assert row["top1_seeds"] == [96.0, 10.0] and row["failed"] == [False, True] and row["top1_mean"] == 53.0
 
 
 def test_shares_of_the_variance_of_lam(runs):

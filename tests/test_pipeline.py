@@ -240,11 +240,28 @@ def test_comparison_of_runs(network, tmp_path, capsys, fails_in):
     capsys.readouterr()
     call(compare_pruning, *files, "--labels", "one", "two", "--save", tmp_path / "c.png")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| | dense | 0.9 |"  # the ratios that both have
-    assert lines[2] == f"| one | {report['before']['top1']:.2f} | {report['results'][0]['after']['top1']:.2f} |"
+    assert lines[0] == "| | dense | 0.5 | 0.9 |"
+    before, after = f"{report['before']['top1']:.2f}", f"{report['results'][0]['after']['top1']:.2f}"
+    assert lines[3] == f"| two | {before} |  | {after} |"  # empty where it was not pruned
+    assert lines[2].startswith(f"| one | {before} | ") and lines[2].endswith(f" | {after} |")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert fails_in(compare_pruning, tmp_path / "c.png")[0] == 1
     assert "--overwrite" in fails_in(compare_pruning, *files, "--save", tmp_path / "c.png")[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("dataset", "mnist"), ("images", "val"), ("arch", "vgg16_bn"), ("depth", 8)]
+)
+def test_runs_of_different_networks_or_images_are_compared_only_when_asked(tmp_path, capsys, fails_in, key, value):
+    report = {"dataset": "digits", "images": "test", "arch": "resnet", "depth": 20, "before": {"top1": 90.0}}
+    report["results"] = [{"asked": 0.9, "after": {"top1": 80.0}}]
+    for name, content in (("a", report), ("b", report | {key: value})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    status, line = fails_in(compare_pruning, *files, "--labels", "one", "two")
+    assert status == 2 and f"one has {key} {report[key]}, two has {value}" in line and "--mixed" in line
+    call(compare_pruning, *files, "--labels", "one", "two", "--mixed", "--save", tmp_path / "c.png")
+    assert capsys.readouterr().out.splitlines()[3] == "| two | 90.00 | 80.00 |"
 
 
 def nan(path):

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 import reproduce
+from utils.run import portable_path
 from utils.studies.study import choose, load_study, on_edge, read_accuracies
 
 STUDY = {
@@ -93,6 +94,10 @@ def test_table_holds_mean_and_spread_of_what_was_measured(done):
     values = [read_accuracies(out / "none/plain" / f"seed{seed}" / "test/prune.json")[0.95] for seed in (1, 2)]
     assert int(row["n"]) == 2 and float(row["top1_mean"]) == pytest.approx(sum(values) / 2)
     assert float(row["top1_std"]) == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert row["seeds"] == "1 2" and [float(v) for v in row["top1_seeds"].split()] == pytest.approx(values, rel=1e-5)
+    text = (out / "table.md").read_text()
+    command = f"python reproduce.py {portable_path(path)} --data DIR --out {portable_path(out)} --jobs 2"
+    assert f"\n    {command}\n" in text and "n = 2 (seeds 1 2)" in text and "| 2 (1 2) |" in text
     assert float(row["compression"]) > 15  # 0.95 of the weights are gone, the biases are not
     assert {r["scheme"] for r in rows if r["method"] == "HALO"} == {"global", "layerwise", "random", "shuffle"}
     assert {r["scheme"] for r in rows if r["method"] == "L1"} == {"global"}

@@ -27,7 +27,7 @@ from utils.options import OptionError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN_FILES = """
-    config.json log.csv summary.json curves.png regularization.png
+    config.json log.csv summary.json curves.png regularization.png regularization.npz
     init.pth.tar checkpoint.pth.tar model_best.pth.tar final.pth.tar
     train_accs.npy train_losses.npy test_accs.npy test_losses.npy conv_params.npy reg_params.npy
 """.split()

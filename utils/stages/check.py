@@ -11,7 +11,7 @@ from utils.files.compact import entropy_bound, same_bits, save_compact, without_
 from utils.halo.parameters import prunable_weights
 from utils.halo.pruning import count_macs, dead_filters, overall_sparsity, savings, sparsity_per_layer
 from utils.logger import result_text, say
-from utils.run import portable_path, refuse_existing, write_json
+from utils.run import refuse_existing, write_json
 from utils.stages.subject import Subject, load_subject
 from utils.training.epoch import evaluate
 from utils.training.loading import make_loader
@@ -44,8 +44,7 @@ def check(args: argparse.Namespace) -> dict:
     if args.json:
         write_json(args.json, report)
     if args.plot:
-        title = f"{100 * report['sparsity']:.2f}% of the prunable weights are zero\n{portable_path(args.checkpoint)}"
-        plots.plot_layers(report["layers"], args.plot, title=title)
+        plots.plot_layers(report["layers"], args.plot, title=plots.layers_title(report))
     return report
 
 

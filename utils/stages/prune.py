@@ -198,9 +198,6 @@ def _write_report(paths: dict[str, Path], report: dict, *, classes: int) -> None
     write_json(paths["json"], report)
     write_text(paths["txt"], _table(report, classes=classes))
     write_csv(paths["csv"], rows)
-    best = max(rows[1:], key=lambda row: row["sparsity"])
-    title = f"top-1 {rows[0]['top1']:.2f}% dense, {best['top1']:.2f}% at sparsity {best['sparsity']:.3f}\n"
-    title += f"{report['dataset']}, {report['arch']}, {report['scheme']} pruning"
-    plots.plot_accuracy_vs_sparsity(rows, paths["png"], title=title)
+    plots.plot_accuracy_vs_sparsity(report, paths["png"])
     names = [path.name for path in sorted(paths.values(), key=lambda path: not path.name.startswith("pruned_"))]
     say(f"wrote in {paths['json'].parent}: {', '.join(names)}")

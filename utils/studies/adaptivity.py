@@ -15,6 +15,7 @@ from torch import Tensor
 
 from utils import options
 from utils.files.checkpoint import load_checkpoint, load_weights
+from utils.plot_methods import plot_study
 from utils.studies.jobs import is_trained, measure
 from utils.training.epoch import NonFiniteLossError
 from utils.training.experiment import Experiment, train_or_evaluate
@@ -203,3 +204,20 @@ def describe_lambdas(run: HaloRun) -> dict[str, float]:
         "rank_correlation": rank_correlation(everything, flatten(weights)),
         "within_layers": (within / everything.double().log().var(correction=0)).item(),
     }
+
+
+def costless(rows: list[dict]) -> float:
+    """Return the highest ratio that costs HALO at most a point."""
+    halo = {row["ratio"]: row["top1_mean"] for row in rows if row["method"] == LABELS["halo"]}
+    return max(ratio for ratio, top1 in halo.items() if top1 >= halo[0.0] - 1)
+
+
+def draw(rows: list[dict], path: str | Path, *, title: str) -> None:
+    """Draw HALO and its controls; the title speaks of the highest ratio that costs HALO at most a point.
+
+    Args:
+        rows: of adaptivity.json.
+        path: PNG to write.
+        title: what was asked.
+    """
+    plot_study(rows, path, title=title, ratio=costless(rows), images="held-out")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
-from utils import plots
 from utils.files.atomic import write_text
 from utils.logger import duration, write_csv
+from utils.plot_methods import failed_to_learn, plot_pareto, plot_study
 from utils.run import read_json
 from utils.studies.study import CONTROLS, Config, Study, choose, held_out_accuracy, on_edge, run_folder
 
@@ -21,16 +22,18 @@ def final_rows(study: Study, out: Path, *, scheme: str = "global") -> list[dict]
         scheme: how the networks were pruned.
 
     Returns:
-        For each method and ratio that has a finished run: coefficients, n, mean and standard deviation (empty for
-        n = 1) of top-1 pruned and dense in percent, compression ratio, theoretical speed-up, seconds of training.
+        For each method and ratio that has a finished run: coefficients, n and the seeds, mean and standard deviation
+        (empty for n = 1) of top-1 pruned and dense in percent, top-1 of each seed and whether it failed to learn,
+        compression ratio, theoretical speed-up, seconds of training.
     """
-    rows = []
+    found = {}
     for method, choice in choose(study, out).items():
         for ratio, config in choice.items():
-            runs = [found for seed in study.seeds if (found := _measurement(out, config, seed, scheme, ratio))]
+            runs = [run for seed in study.seeds if (run := _measurement(out, config, seed, scheme, ratio))]
             if runs:
-                rows.append(_row(study, method, ratio, config, runs))
-    return rows
+                found[method, ratio] = config, runs
+    best = max((run["dense"] for _, runs in found.values() for run in runs), default=0.0)
+    return [_row(study, method, ratio, *of, best=best) for (method, ratio), of in found.items()]
 
 
 def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float) -> dict | None:
@@ -41,6 +44,7 @@ def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float
         return None
     summary = read_json(folder / "run" / "summary.json")
     return {
+        "seed": seed,
         "top1": result["after"]["top1"],
         "dense": report["before"]["top1"],
         "compression": result["compression_ratio"],
@@ -49,7 +53,7 @@ def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float
     }
 
 
-def _row(study: Study, method: str, ratio: float, config: Config, runs: list[dict]) -> dict:
+def _row(study: Study, method: str, ratio: float, config: Config, runs: list[dict], *, best: float) -> dict:
     def spread(key: str) -> float | str:
         return stdev(run[key] for run in runs) if len(runs) > 1 else ""
 
@@ -66,6 +70,9 @@ def _row(study: Study, method: str, ratio: float, config: Config, runs: list[dic
         "compression": mean(run["compression"] for run in runs),
         "speedup": mean(run["speedup"] for run in runs),
         "seconds": mean(run["seconds"] for run in runs),
+        "seeds": [run["seed"] for run in runs],
+        "top1_seeds": [run["top1"] for run in runs],
+        "failed": [failed_to_learn(run["dense"], best) for run in runs],
     }
 
 
@@ -90,12 +97,22 @@ def top1_table(rows: list[dict], title: str) -> list[str]:
 
 
 def _details(rows: list[dict]) -> list[str]:
-    columns = ("method", "ratio", "chosen", "n", "dense top-1", "pruned top-1", "compression", "speed-up", "seconds")
+    columns = (
+        "method",
+        "ratio",
+        "chosen",
+        "seeds",
+        "dense top-1",
+        "pruned top-1",
+        "compression",
+        "speed-up",
+        "seconds",
+    )
     lines = ["## Each choice", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         edge = f" (grid ends at {row['on_edge']})" if row["on_edge"] else ""
-        cells = [row["method"], f"{row['ratio']:g}", row["coefficients"] + edge, str(row["n"])]
-        cells += [_percent(row, "dense"), _percent(row, "top1")]
+        cells = [row["method"], f"{row['ratio']:g}", row["coefficients"] + edge]
+        cells += [f"{row['n']} ({_numbers(row['seeds'])})", _percent(row, "dense"), _percent(row, "top1")]
         cells += [f"{row['compression']:.1f}", f"{row['speedup']:.1f}", f"{row['seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
@@ -117,10 +134,47 @@ def _tuning(study: Study, found: dict[str, dict[str, dict[float, float]]]) -> li
     return [*lines, ""]
 
 
-def _training_time(out: Path) -> str:
-    """Say how many runs were trained, and how long that took in total."""
+def held_out_points(study: Study, out: Path) -> dict[str, list[tuple[float, float]]]:
+    """Return every tuned run at every ratio, and before pruning: multiply-adds left as a fraction, and top-1."""
+    points: dict[str, list[tuple[float, float]]] = {method: [] for method in study.methods}
+    for config in study.configs:
+        for seed in study.tune_seeds:
+            report = read_json(run_folder(out, config, seed) / "val" / "prune.json")
+            if report is not None:
+                pruned = [(r["macs_nonzero"] / r["macs_dense"], r["after"]["top1"]) for r in report["results"]]
+                points[config.method] += [(1.0, report["before"]["top1"]), *pruned]
+    return points
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
+def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
+    """Say what the numbers are, over which seeds, and how long it took."""
     seconds = [read_json(path)["seconds"] for path in out.glob("*/*/seed*/run/summary.json")]
-    return f"{len(seconds)} runs were trained, in {duration(sum(seconds))} taken together, evaluation included."
+    finished = {tuple(row["seeds"]) for row in rows}
+    seeds = sorted({seed for some in finished for seed in some})
+    fewer = "" if len(finished) < 2 else "; where a row has fewer, it names them"
+    lines = [
+        "Top-1 in percent after pruning this fraction of the weights once, mean ± standard deviation over the seeds.",
+        f"Coefficients were chosen with seed {_numbers(study.tune_seeds)} on held-out training images"
+        + (f"; on the test images n = {len(seeds)} (seeds {_numbers(seeds)}){fewer}." if seeds else "."),
+        f"{len(seconds)} runs were trained, in {duration(sum(seconds))} taken together, evaluation included.",
+    ]
+    failed = sorted({f"{row['method']} {row['coefficients']}, seed {seed}" for row in rows for seed in _failed(row)})
+    if failed:
+        lines.append(f"Failed to learn (less than half the best top-1 before pruning): {'; '.join(failed)}.")
+    return [*lines, ""]
+
+
+def _failed(row: dict) -> list[int]:
+    return [seed for seed, failed in zip(row["seeds"], row["failed"], strict=True) if failed]
+
+
+def _as_text(row: dict) -> dict:
+    """Return a row of table.csv: what each seed has in one cell, failures as the seeds that failed."""
+    return row | {"failed": _numbers(_failed(row))} | {key: _numbers(row[key]) for key in ("seeds", "top1_seeds")}
 
 
 def write_report(study: Study, out: Path, *, command: str) -> dict:
@@ -137,11 +191,7 @@ def write_report(study: Study, out: Path, *, command: str) -> dict:
     rows = {scheme: final_rows(study, out, scheme=scheme) for scheme in ("global", *CONTROLS)}
     found = tuned(study, out)
     text = [f"# {study.title}", "", f"    {command}", ""]
-    text += [
-        "Top-1 in percent, mean ± standard deviation over seeds, after pruning this fraction of the weights once.",
-        _training_time(out),
-        "",
-    ]
+    text += _what_was_done(study, out, rows["global"])
     if rows["global"]:
         text += top1_table(
             rows["global"], "On the test images, coefficients chosen per ratio on held-out training images"
@@ -152,9 +202,10 @@ def write_report(study: Study, out: Path, *, command: str) -> dict:
             text += top1_table(rows[scheme], f"Control: {scheme} pruning of the same networks")
     text += _tuning(study, found)
     write_text(out / "table.md", "\n".join(text))
-    write_csv(out / "table.csv", [{"scheme": s} | row for s, of_scheme in rows.items() for row in of_scheme])
+    write_csv(out / "table.csv", [{"scheme": s} | _as_text(row) for s, of_scheme in rows.items() for row in of_scheme])
     if rows["global"]:
-        plots.plot_study(rows["global"], out / "accuracy_vs_sparsity.png", title=study.title)
-    if any(any(configs.values()) for configs in found.values()):
-        plots.plot_pareto(found, out / "pareto.png", title=study.title)
+        plot_study(rows["global"], out / "accuracy_vs_sparsity.png", title=study.title)
+    points = held_out_points(study, out)
+    if any(points.values()):
+        plot_pareto(points, out / "pareto.png", title=study.title)
     return rows

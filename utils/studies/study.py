@@ -194,12 +194,15 @@ def pruning_arguments(
     return argparse.Namespace(**values, resume=str(checkpoint), save_dir=str(folder))
 
 
-def read_accuracies(path: Path) -> dict[float, float]:
-    """Return top-1 in percent by ratio from a prune.json, 0 for the network before pruning; empty without the file."""
-    report = read_json(path)
-    if report is None:
-        return {}
+def accuracies_of(report: dict) -> dict[float, float]:
+    """Return top-1 in percent by ratio from the content of a prune.json, 0 for the network before pruning."""
     return {0.0: report["before"]["top1"]} | {r["asked"]: r["after"]["top1"] for r in report["results"]}
+
+
+def read_accuracies(path: Path) -> dict[float, float]:
+    """Return what `accuracies_of` does for a prune.json; empty without the file."""
+    report = read_json(path)
+    return {} if report is None else accuracies_of(report)
 
 
 def run_folder(out: Path, config: Config, seed: int) -> Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils import plots
+from utils import plot_lambda, plots
 from utils.distributed import is_main
 from utils.files.atomic import atomic_write
 from utils.files.checkpoint import save_checkpoint
@@ -37,25 +39,34 @@ def write_outputs(run: Experiment) -> dict:
     save_checkpoint(run.folder / "final.pth.tar", network_state(run))
     weights, lambdas = write_arrays(run)
     summary |= test_best(run)
-    result = f"{run.held_out} top-1 {last[top1]:.2f}% after {run.epoch} epochs"
-    draw(run, weights, lambdas, title=result)
+    with atomic_write(run.folder / "regularization.npz") as file:
+        np.savez_compressed(file, **plot_lambda.histograms(weights, lambdas))
+    draw_curves(run.folder, run.history, vars(run.args))
+    draw_regularization(run.folder, last, vars(run.args))
     write_json(run.folder / "summary.json", summary)
+    result = f"{run.held_out} top-1 {last[top1]:.2f}% after {run.epoch} epochs"
     say(f"{result}; best {best[top1]:.2f}% (epoch {best['epoch']})")
     say(f"outputs in {run.folder}; next, prune: {next_command(run.args, run.folder / 'final.pth.tar')}")
     return summary
 
 
-def draw(run: Experiment, weights: np.ndarray, lambdas: np.ndarray, *, title: str) -> None:
-    """Draw curves.png and regularization.png."""
-    args, last = run.args, run.history[-1]
-    name = f"{args.dataset}, {args.arch}, penalty {args.penalty}, seed {args.seed}"
-    plots.plot_curves(run.history, run.folder / "curves.png", title=f"{title}\n{name}")
-    near = f"{100 * last['fraction_1e-3']:.1f}% of the penalised weights have |w| <= 1e-3"
-    correlation = last["rank_correlation"]
-    adaptive = f"; rank correlation of |lam| with |w|: {correlation:.2f}" if correlation != "" else ""
-    still = (args.xi, args.psi, args.reg_wd) if args.penalty == "halo" else None
-    path = run.folder / "regularization.png"
-    plots.plot_regularization(weights, lambdas, path, title=near + adaptive, still=still)
+def _name(arguments: Mapping) -> str:
+    return "{dataset}, {arch}, penalty {penalty}, seed {seed}".format(**arguments)
+
+
+def draw_curves(folder: Path, history: Sequence[dict], arguments: Mapping) -> None:
+    """Draw curves.png of a run from the rows of its log.csv and its options."""
+    held_out = "val" if "val_top1" in history[-1] else "test"
+    title = f"{held_out} top-1 {history[-1][f'{held_out}_top1']:.2f}% after {len(history)} epochs"
+    plots.plot_curves(history, folder / "curves.png", title=f"{title}\n{_name(arguments)}")
+
+
+def draw_regularization(folder: Path, last: Mapping, arguments: Mapping) -> None:
+    """Draw regularization.png of a run from its regularization.npz, the last row of its log.csv and its options."""
+    still = tuple(arguments[key] for key in ("xi", "psi", "reg_wd")) if arguments["penalty"] == "halo" else None
+    title = f"{plot_lambda.regularization_title(last)}\n{_name(arguments)}"
+    with np.load(folder / "regularization.npz") as counts:
+        plot_lambda.plot_regularization(counts, folder / "regularization.png", title=title, still=still)
 
 
 def write_arrays(run: Experiment) -> tuple[np.ndarray, np.ndarray]:

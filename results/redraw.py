@@ -1,0 +1,176 @@
+"""Draw every figure under results/ and benchmarks/ again, each from the numbers that are committed with it.
+
+    python results/redraw.py                           # all of them
+    python results/redraw.py results/mnist_lenet300    # only those in these folders
+
+Needs no images and no networks but those in pretrained_models/. Writes the tables of the studies too, from the same
+numbers. Ends at a figure that it cannot draw, with its name and exit status 1.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's folder, wherever this is called from
+
+from benchmarks.report import plot_scaling
+from utils import options, plots
+from utils.files.checkpoint import load_checkpoint
+from utils.logger import say
+from utils.run import REPOSITORY, read_json, run_script
+from utils.studies.adaptivity import draw
+from utils.studies.report import write_report
+from utils.studies.study import load_study
+from utils.training.outputs import draw_curves, draw_regularization
+
+# Comparisons: the runs below the folder and their labels.
+COMPARED = {
+    "results/cifar10_resnet20": {
+        "none/pruned": "no penalty",
+        "l1/pruned": "L1, xi 1e-4",
+        "halo/pruned": "HALO, xi 1e-4, psi 1e-4",
+    },
+    "results/mnist_lenet300": {
+        "none": "no penalty",
+        "l1_3e-5": "L1, xi 3e-5",
+        "l1_1e-4": "L1, xi 1e-4",
+        "l1_2e-4": "L1, xi 2e-4",
+        "ws_1e-4_1e-4": "SWS, xi 1e-4, psi 1e-4",
+        "halo_3e-5_1e-5": "HALO, xi 3e-5, psi 1e-5",
+        "halo_1e-4_1e-4": "HALO, xi 1e-4, psi 1e-4",
+    },
+}
+# The networks that a study chose at a ratio: the run that each is, and its file, pruned.
+CHOSEN = {
+    "results/replication/mnist_lenet300/chosen_0.95": ("HALO/xi3e-05_psi3e-05/seed1", "mnist_lenet300_halo_0.95"),
+    "results/replication/mnist_lenet300/chosen_0.99": ("HALO/xi3e-06_psi0.0003/seed1", "mnist_lenet300_halo_0.99"),
+    "results/replication/mnist_lenet5/chosen_0.99": ("HALO/xi1e-05_psi0.001/seed1", "mnist_lenet5_halo_0.99"),
+    "results/replication/cifar10_resnet20/chosen_0.98": ("HALO/xi0.0001_psi0.0001/seed1", "cifar10_resnet20_halo_0.98"),
+}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line of this script."""
+    parser = options.Parser(__doc__)
+    folders = ["results", "benchmarks"]
+    text = "only the figures in these (default: results benchmarks)"
+    parser.add_argument("folders", metavar="FOLDER", nargs="*", default=folders, help=text)
+    return parser
+
+
+def call(*command: str | Path) -> None:
+    """Run a script of the project.
+
+    Raises:
+        ValueError: it failed, with what it said.
+    """
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ValueError(f"{command[0]} failed: {done.stderr.strip()}")
+
+
+def curves(folder: Path, name: str) -> None:
+    """Draw curves.png."""
+    with open(folder / "log.csv", newline="") as file:
+        rows = [{key: float(v) if v else v for key, v in row.items()} for row in csv.DictReader(file)]
+    draw_curves(folder, rows, read_json(folder / "config.json")["arguments"])
+
+
+def regularization(folder: Path, name: str) -> None:
+    """Draw regularization.png of a run, or of a network that a study chose."""
+    if name in CHOSEN:
+        summary = read_json(folder.parent / CHOSEN[name][0] / "run" / "summary.json")
+        draw_regularization(folder, summary["final"], summary["arguments"])
+        return
+    with open(folder / "log.csv", newline="") as file:
+        *_, last = csv.DictReader(file)
+    draw_regularization(folder, last, read_json(folder / "config.json")["arguments"])
+
+
+def layers(folder: Path, name: str) -> None:
+    """Draw layers.png from the report of check_params.py, or from the network itself where it is kept."""
+    report = read_json(folder / "check.json")
+    if report is not None:
+        plots.plot_layers(report["layers"], folder / "layers.png", title=plots.layers_title(report))
+        return
+    file = f"pretrained_models/{CHOSEN[name][1]}.halo"
+    config = load_checkpoint(REPOSITORY / file)["config"]
+    model = ["-d", config["dataset"], "-a", config["arch"], *(["--depth", config["depth"]] if config["depth"] else [])]
+    plot = ["--plot", folder / "layers.png", "--overwrite"]
+    call("check_params.py", *model, "--no_data", "--checkpoint", file, *plot)
+
+
+def energy(folder: Path, name: str) -> None:
+    """Draw energy.png."""
+    report = read_json(folder / "energy.json")
+    plots.plot_energy(report["checkpoints"], folder / "energy.png", pool=report["pool"])
+
+
+def accuracy_vs_sparsity(folder: Path, name: str) -> None:
+    """Draw accuracy_vs_sparsity.png of a pruned network, of runs side by side, or of a study."""
+    if (folder / "chosen.json").exists():
+        study(folder)
+    elif name in COMPARED:
+        reports = [folder / run / "prune.json" for run in COMPARED[name]]
+        save = ["--save", folder / "accuracy_vs_sparsity.png", "--overwrite"]
+        call("compare_pruning.py", *reports, "--labels", *COMPARED[name].values(), *save)
+    else:
+        plots.plot_accuracy_vs_sparsity(read_json(folder / "prune.json"), folder / "accuracy_vs_sparsity.png")
+
+
+def study(folder: Path) -> None:
+    """Write the tables and figures of a study; the command in its table stays."""
+    lines = (folder / "table.md").read_text().splitlines()
+    command = next(line.strip() for line in lines if line.startswith("    "))
+    write_report(load_study(REPOSITORY / "results" / "studies" / f"{folder.name}.json"), folder, command=command)
+
+
+def controls(folder: Path, name: str) -> None:
+    """Draw adaptivity.png."""
+    report = read_json(folder / "adaptivity.json")
+    draw(report["rows"], folder / "adaptivity.png", title=report["title"])
+
+
+def scaling(folder: Path, name: str) -> None:
+    """Draw scaling.png of the benchmarks."""
+    tables = read_json(folder / "results.json")["tables"]
+    plot_scaling(next(table for table in tables.values() if "compiled ms" in table[0]), folder / "scaling.png")
+
+
+DRAWN_BY: dict[str, Callable[[Path, str], None]] = {
+    "accuracy_vs_sparsity.png": accuracy_vs_sparsity,
+    "adaptivity.png": controls,
+    "curves.png": curves,
+    "energy.png": energy,
+    "layers.png": layers,
+    "pareto.png": lambda folder, name: None,  # with the study's other figure
+    "regularization.png": regularization,
+    "scaling.png": scaling,
+}
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Draw the figures.
+
+    Returns:
+        `drawn`, their number.
+
+    Raises:
+        ValueError: a figure's data are missing.
+    """
+    figures = sorted({path for folder in args.folders for path in Path(folder).resolve().rglob("*.png")})
+    for path in figures:
+        name = path.parent.relative_to(REPOSITORY).as_posix()
+        try:
+            DRAWN_BY[path.name](path.parent, name)
+        except (OSError, KeyError, TypeError) as error:
+            raise ValueError(f"{name}/{path.name} cannot be drawn: {type(error).__name__} {error}") from error
+        say(f"{name}/{path.name}")
+    return {"drawn": len(figures)}
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser())

@@ -1,0 +1,242 @@
+"""Figures that compare methods: a study, its tuned runs, and any runs side by side; and when a difference counts."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
+
+from utils.plot_style import legend_below, looks, save_figure, sparsity_axis
+
+FEW = 3  # up to so many seeds are drawn one by one; a standard deviation of them would say little
+NEAR = 5.0  # points of top-1 below the best that the close-up still shows
+
+
+def failed_to_learn(dense: float, best: float) -> bool:
+    """Tell whether a run never began to learn: before pruning it has less than half the top-1 of the best run."""
+    return dense < best / 2
+
+
+def beyond_spread(better: Mapping, worse: Mapping) -> bool:
+    """Tell whether a difference counts: both have n > 1, and means differ by more than the spread of the difference.
+
+    The spread is the root of the summed squares of the two standard deviations over seeds.
+
+    Args:
+        better, worse: `n`, `top1_mean` and `top1_std` of each.
+    """
+    if min(better["n"], worse["n"]) < 2:
+        return False
+    return better["top1_mean"] - worse["top1_mean"] > math.hypot(better["top1_std"], worse["top1_std"])
+
+
+def finding(rows: Sequence[Mapping], *, ratio: float) -> str:
+    """Say which method keeps most at a ratio if it beats each other one beyond the spread, else that none does.
+
+    Args:
+        rows: `method`, `ratio`, `n`, `top1_mean` and `top1_std` of each method.
+        ratio: fraction removed; 0 before pruning.
+    """
+    here = sorted((row for row in rows if row["ratio"] == ratio), key=lambda row: -row["top1_mean"])
+    where = f"at {ratio:g} removed" if ratio else "before pruning"
+    best = here[0]
+    if len(here) == 1:
+        return f"{where}, {best['method']} has {best['top1_mean']:.2f}%"
+    if any(row["n"] < 2 for row in here):
+        return f"{where}: no winner is named where n = 1, for nobody knows the spread"
+    level = [row for row in here[1:] if not beyond_spread(best, row)]
+    if not level:
+        return f"{where}, {best['method']} keeps most: {best['top1_mean']:.2f}%"
+    names = "; ".join(f"{row['method']} {row['top1_mean']:.2f}%" for row in [best, *level][:3])
+    more = f" and {len(level) - 2} more" if len(level) > 2 else ""
+    return f"{where}, no difference beyond the spread: {names}{more}"
+
+
+def middle(row: Mapping) -> float:
+    """Return what is drawn of a row: the mean, or the median where a run failed to learn."""
+    return median(row["top1_seeds"]) if any(row.get("failed", ())) else row["top1_mean"]
+
+
+def extent(row: Mapping) -> list[float]:
+    """Return the values that a row's mark spans: of few seeds each that learned, else mean and bar, within 0 to 100."""
+    if one_by_one(row):
+        return [middle(row), *(v for v, failed in zip(row["top1_seeds"], row["failed"], strict=True) if not failed)]
+    spread = row["top1_std"] or 0.0
+    return [middle(row), max(0.0, middle(row) - spread), min(100.0, middle(row) + spread)]
+
+
+def one_by_one(row: Mapping) -> bool:
+    """Tell whether a row's seeds are drawn one by one: they are known, and few or one of them failed."""
+    return bool(row.get("top1_seeds")) and (row["n"] <= FEW or any(row["failed"]))
+
+
+def _draw_row(axes: Axes, x: float, row: Mapping, look: Mapping, *, floor: float) -> None:
+    """Draw the seeds of a row, or its bar; a failed seed as a cross, at the floor of a close-up that it lies below."""
+    colour = look["color"]
+    if not one_by_one(row):
+        at, *ends = extent(row)
+        axes.plot([x, x], ends, "-", color=colour, marker="_", markersize=6, linewidth=1)
+        return
+    for value, failed in zip(row["top1_seeds"], row["failed"], strict=True):
+        if failed:
+            axes.plot(x, max(value, floor), "x", color=colour, markersize=9, markeredgewidth=2, clip_on=False)
+        else:
+            axes.plot(x, value, ".", color=colour, markersize=4)
+
+
+def _region(ratios: Sequence[float], ratio: float) -> list[float]:
+    """Return the ratios of the close-up: the one the title speaks of, the three before it and the one behind."""
+    pruned = [other for other in ratios if other or not ratio]  # before pruning lies far away
+    index = pruned.index(ratio)
+    return pruned[max(0, index - 3) : index + 2]
+
+
+def _close_up_limits(rows: Sequence[Mapping], region: Sequence[float]) -> tuple[float, float]:
+    """Return limits that hold, whole, the marks within NEAR points of the best at one of the region's ratios."""
+    shown: list[float] = []
+    for ratio in region:
+        here = [row for row in rows if row["ratio"] == ratio]
+        best = max((middle(row) for row in here), default=0.0)
+        shown += [value for row in here if middle(row) > best - NEAR for value in extent(row)]
+    margin = max(0.06 * (max(shown) - min(shown)), 0.1)
+    return min(shown) - margin, max(shown) + margin
+
+
+def _keys(rows: Sequence[Mapping], handles: list[Line2D]) -> list[Line2D]:
+    """Return the handles of a legend with what the small marks mean."""
+    few, bars = any(map(one_by_one, rows)), any(not one_by_one(row) and row["top1_std"] for row in rows)
+    if few:
+        handles.append(Line2D([], [], color="black", marker=".", linestyle="", label="one seed"))
+    if bars:
+        handles.append(Line2D([], [], color="black", marker="_", label="± standard deviation over seeds"))
+    if any(any(row.get("failed", ())) for row in rows):
+        label = "failed to learn (there the median is drawn)"
+        handles.append(Line2D([], [], color="black", marker="x", linestyle="", markeredgewidth=2, label=label))
+    return handles
+
+
+def plot_study(
+    rows: Sequence[dict], path: str | Path, *, title: str, ratio: float | None = None, images: str = "test"
+) -> None:
+    """Draw the accuracy of every method against the fraction removed: all of it, and the region of the title.
+
+    Args:
+        rows: `method`, `ratio`, `n`, `top1_mean`, `top1_std` (empty for n = 1), `top1_seeds` and `failed` (of each
+            seed; both may be missing), as from `utils.studies.report.final_rows`.
+        path: PNG to write.
+        title: what the study asks.
+        ratio: that the title speaks of (default: the highest).
+        images: which images the accuracy was measured on, for the label.
+    """
+    ratios, methods = sorted({r["ratio"] for r in rows}), list(dict.fromkeys(r["method"] for r in rows))
+    ratio = ratios[-1] if ratio is None else ratio
+    region, look = _region(ratios, ratio), looks(methods)
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    whole, close = figure.subplots(1, 2)
+    limits = _close_up_limits(rows, region)
+    for axes, shown, floor in ((whole, ratios, 0.0), (close, region, limits[0])):
+        at = sparsity_axis(axes, shown)
+        step = 1.0 if axes is whole else _side_by_side(at.values(), len(methods))
+        for number, method in enumerate(methods):
+            mine = [row for row in rows if row["method"] == method and row["ratio"] in at]
+            x = [at[row["ratio"]] * step ** (number - (len(methods) - 1) / 2) for row in mine]
+            axes.plot(x, [middle(row) for row in mine], label=method, **look[method])
+            for where, row in zip(x, mine, strict=True):
+                _draw_row(axes, where, row, look[method], floor=floor)
+    left, right = close.get_xlim()
+    close.set_xlim(left / step ** (len(methods) / 2), right * step ** (len(methods) / 2))
+    whole.set(ylabel=f"{images} top-1 (%)")
+    close.set(ylabel=f"{images} top-1 (%), close-up", ylim=limits)
+    legend_below(figure, _keys(rows, whole.get_legend_handles_labels()[0]))
+    counts = sorted({row["n"] for row in rows})
+    seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    found = textwrap.fill(finding(rows, ratio=ratio), 100)
+    figure.suptitle(f"{title}\n{found}\n(line: mean over seeds, n = {seeds}; close-up: methods side by side)")
+    save_figure(figure, path)
+
+
+def _side_by_side(places: Iterable[float], methods: int) -> float:
+    """Return the factor on x between neighbouring methods: together a third of the smallest gap between ratios."""
+    logs = sorted(math.log10(place) for place in places)
+    gap = min((b - a for a, b in zip(logs, logs[1:], strict=False)), default=0.3)
+    return 10 ** -(min(gap, 0.09) / 3 / methods)
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the Pareto front of points (cost, gain): those that no other beats in one without losing in the other.
+
+    Returns:
+        From the cheapest on; cost and gain both rise strictly.
+    """
+    result: list[tuple[float, float]] = []
+    for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not result or gain > result[-1][1]:
+            result.append((cost, gain))
+    return result
+
+
+def plot_pareto(tuned: Mapping[str, Sequence[tuple[float, float]]], path: str | Path, *, title: str) -> None:
+    """Draw every tuned run on the held-out images, faint, and the Pareto front of each method and of all.
+
+    Args:
+        tuned: method to its runs at all ratios: multiply-adds left as a fraction of the dense network's, in (0, 1],
+            and top-1 in percent.
+        path: PNG to write.
+        title: what the study asks.
+    """
+    fronts = {method: front(points) for method, points in tuned.items() if points}
+    best = front(point for points in tuned.values() for point in points)
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    panels, look = figure.subplots(1, 2), looks(fronts)
+    for axes in panels:
+        axes.plot(*zip(*best, strict=True), drawstyle="steps-post", color="#cccccc", linewidth=7, label="all methods")
+        for method, steps in fronts.items():
+            style = look[method]
+            axes.plot(*zip(*tuned[method], strict=True), style["marker"], color=style["color"], alpha=0.2, markersize=4)
+            axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", label=method, **style)
+        axes.set(xscale="log", xlabel="multiply-adds left, fraction of the dense network's (zeros skipped; log scale)")
+        axes.invert_xaxis()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.3)
+    gains = sorted(gain for steps in fronts.values() for _, gain in steps)
+    low, high = gains[int(0.4 * len(gains))], gains[-1]
+    margin = max(0.06 * (high - low), 0.1)
+    inside = [cost for steps in fronts.values() for cost, gain in steps if gain >= low]
+    panels[0].set(ylabel="top-1 on the held-out images (%)")
+    panels[1].set(ylabel="the same, close-up", ylim=(low - margin, high + margin))
+    panels[1].set_xlim(max(inside) * 1.15, min(inside) / 1.15)
+    legend_below(figure, panels[0].get_legend_handles_labels()[0])
+    figure.suptitle(f"{title}\nPareto fronts of the tuned runs; faint: the other runs")
+    save_figure(figure, path)
+
+
+def plot_comparison(
+    runs: Mapping[str, Mapping[float, float]], path: str | Path, *, title: str, images: str = "test"
+) -> None:
+    """Draw top-1 against the fraction of weights removed, one line a run, each at its own ratios.
+
+    Args:
+        runs: label to ratio to top-1 in percent.
+        path: PNG to write.
+        title: what the figure shows.
+        images: which images the accuracy was measured on, for the label.
+    """
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    axes, look = figure.subplots(), looks(runs)
+    at = sparsity_axis(axes, {ratio for run in runs.values() for ratio in run})
+    for label, run in runs.items():
+        ratios = sorted(run)
+        axes.plot([at[r] for r in ratios], [run[r] for r in ratios], label=label, **look[label])
+    axes.set(ylabel=f"{images} top-1 (%)")
+    legend_below(figure, axes.get_legend_handles_labels()[0])
+    figure.suptitle(title)
+    save_figure(figure, path)
