@@ -189,7 +189,7 @@ def pruning_arguments(
     """
     values = {name: getattr(training, name) for name in ("dataset", "data", "test_batch", "arch", "depth", "seed")}
     values |= {"val_split": training.val_split if images == "val" else 0, "device": training.device}
-    values |= {"percent": list(percent), "scheme": scheme, "recalibrate_bn": 0, "overwrite": True}
+    values |= {"percent": list(percent), "scheme": scheme, "of": "nonzero", "recalibrate_bn": 0, "overwrite": True}
     checkpoint = Path(training.save_dir) / "final.pth.tar"
     return argparse.Namespace(**values, resume=str(checkpoint), save_dir=str(folder))
 
