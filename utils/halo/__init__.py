@@ -1,12 +1,13 @@
 """HALO (Hierarchical Adaptive Lasso, arXiv 2008.10183) on torch alone, for any training loop.
 
-May enter: the penalties, the step of lam, which tensors, exact pruning, sparse inference. May not: anything but torch and this folder.
+May enter: the penalties, the step of lam, which tensors, exact pruning, sparse inference. May not: anything but torch
+and this folder.
 Installed, this folder is the package `halo`.
 """
 
-from .gradual import GradualPruning
 from .decoupled import DecoupledLambdaSGD
 from .floor import LAMBDA_FLOOR
+from .gradual import GradualPruning
 from .lambda_sgd import FusedHALO, LambdaSGD
 from .masks import FixedZeros
 from .parameters import penalized_parameters, prunable_weights
@@ -32,8 +33,8 @@ __all__ = [
     "LAMBDA_FLOOR",
     "MCP",
     "SWS",
-    "FixedZeros",
     "DecoupledLambdaSGD",
+    "FixedZeros",
     "FusedHALO",
     "GradualPruning",
     "LambdaSGD",
