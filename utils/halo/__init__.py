@@ -3,6 +3,7 @@
 May enter: the penalties, the step of lam, which tensors, exact pruning, sparse inference. May not: anything but torch
 and this folder.
 Installed, this folder is the package `halo`.
+and this folder. Installed, this folder is the package `halo`.
 """
 
 from .decoupled import DecoupledLambdaSGD

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .native import load_native
-from .sparse_plan import Plan, live_network
+from .sparse_plan import Plan
 from .sparse_program import KERNELS, Program, Shape
+from .sparse_terms import live_network
 from .sparse_trace import trace
 
 KERNEL = Path(__file__).with_name("sparse_kernel.cpp")
@@ -53,9 +54,9 @@ class SparseNetwork:
     through one by one, with neighbouring pixels in a register.
 
     Args:
-        model: in evaluation mode, made of Conv2d, BatchNorm, ReLU, max, average and adaptive average pooling, additions,
-            flatten, Linear and Dropout, as modules or functions. Its weights are copied: what happens to it later changes
-            nothing here.
+        model: in evaluation mode, made of Conv2d, BatchNorm, ReLU, max, average and adaptive average pooling,
+            additions, flatten, Linear and Dropout, as modules or functions. Its weights are copied: what happens to
+            it later changes nothing here.
 
     Attributes:
         compiled: whether the kernel runs; False where there is no C++ compiler: then torch runs the folded network.
@@ -69,13 +70,20 @@ class SparseNetwork:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.program: Program = trace(model)
+        self.__setstate__(trace(model))
+
+    def __getstate__(self) -> Program:
+        """Return what a copy needs; the rest holds addresses."""
+        return self.program
+
+    def __setstate__(self, program: Program) -> None:
+        self.program = program
         self._prepared: dict[Shape, _Prepared] = {}
         try:
             self._kernel = load_kernel()
         except OSError as error:
             self._kernel = None
-            warnings.warn(f"{error}: torch runs the network instead, zeros included", stacklevel=2)
+            warnings.warn(f"{error}: torch runs the network instead, zeros included", stacklevel=3)
 
     @property
     def compiled(self) -> bool:

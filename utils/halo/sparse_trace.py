@@ -49,6 +49,21 @@ ADDITIONS = {operator.add: False, torch.add: False, "add": False, operator.iadd:
 VIEWS = {"view", "reshape", torch.reshape}
 
 
+class _Proxy(fx.Proxy):
+    """A value of the trace for which a += b stays what it is; fx alone records a = a + b, and views of a miss it."""
+
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    """fx's tracer with such values."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return the value of a node."""
+        return _Proxy(node, self)
+
+
 def trace(model: nn.Module) -> Program:
     """Find the operations of a network and fold its BatchNorms.
 
@@ -65,8 +80,10 @@ def trace(model: nn.Module) -> Program:
         if module.training:
             what = f"its {type(module).__name__} {name!r}" if name else "the network"
             raise ValueError(f"{what} is in training mode: call model.eval() first")
+    if not list(model.children()):
+        model = nn.Sequential(model).eval()  # fx would look into a layer that stands alone
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except (fx.proxy.TraceError, TypeError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"torch.fx cannot follow the network ({reason}): {REMEDY}") from error

@@ -1,0 +1,355 @@
+"""Sparse inference: the compiled network returns what the network returns, whatever it is made of."""
+
+import copy
+import pickle
+import random
+import resource
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from models import ARCHS, build_model
+from utils import SparseNetwork, prunable_weights, prune_by_magnitude_
+from utils.halo import sparse
+from utils.halo.native import load_native
+from utils.halo.sparse_trace import trace
+
+BOUND = 1e-5  # of the largest output
+
+
+def pruned(model, sparsity, *, seed=0):
+    """Give BatchNorm statistics far from their start, prune all weights, and switch to evaluation."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            for tensor, low, high in [
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.3, 2),
+                (module.weight, -1.5, 1.5),
+                (module.bias, -1, 1),
+            ]:
+                tensor.data.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+    if any(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules()):
+        prune_by_magnitude_(prunable_weights(model, linear=True), sparsity)
+    return model.eval()
+
+
+def images(count, *shape, seed=0):
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(have, want):
+    assert have.shape == want.shape and have.dtype == want.dtype
+    assert torch.isfinite(have).all()
+    assert (have - want).abs().max() <= BOUND * want.abs().max(), (have - want).abs().max() / want.abs().max()
+
+
+@torch.no_grad()
+def check(model, *inputs):
+    """Compare the compiled network, and the readable form of its program, with the network."""
+    fast = SparseNetwork(model)
+    assert fast.compiled
+    for x in inputs:
+        want = model(x.clone())  # some networks write into their input
+        close(fast.program.run(x), want)
+        close(fast(x), want)
+    return fast
+
+
+NETWORKS = {
+    "resnet20": lambda: (build_model("resnet", 10, 20), (3, 32, 32)),
+    "bottleneck": lambda: (build_model("resnet", 10, 56), (3, 16, 16)),
+    "vgg16_bn": lambda: (build_model("vgg16_bn", 10), (3, 32, 32)),
+    "lenet_300_100": lambda: (build_model("lenet_300_100", 10), ARCHS["lenet_300_100"].shape),
+    "lenet_5": lambda: (build_model("lenet_5", 10), ARCHS["lenet_5"].shape),
+    "torchvision_resnet18": lambda: (torchvision.models.resnet18(num_classes=10), (3, 64, 64)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_at_any_batch_size_and_number_of_threads(name):
+    """The logits of 17 images do not depend on how many are sent together, nor on the threads."""
+    torch.manual_seed(0)
+    model, shape = NETWORKS[name]()
+    fast = check(pruned(model, 0.9), images(17, *shape))
+    x = images(17, *shape)
+    whole = fast(x)
+    for count in (1, 3, 16):
+        close(fast(x[:count]), whole[:count])
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            close(fast(x), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_batch_of_several_blocks():
+    check(pruned(build_model("resnet", 10, 8), 0.95), images(64, 3, 32, 32), images(50, 3, 32, 32))
+
+
+def test_batchnorm_addition_and_relu_are_merged():
+    ops = trace(pruned(build_model("resnet", 10, 20), 0.9)).ops
+    assert [op.kind for op in ops] == ["conv"] * 21 + ["adaptive", "linear"]
+    assert sum(op.residual is not None for op in ops) == 9 and sum(op.relu for op in ops) == 19
+
+
+def random_layer(choose, channels, size):
+    """Return a convolution or a pooling that fits on `size` pixels, and the channels it returns."""
+    kernel = tuple(choose.randint(1, min(5, n)) for n in size)
+    dilation = tuple(choose.choice([1, 2]) if 2 * (k - 1) < n else 1 for k, n in zip(kernel, size, strict=True))
+    stride = tuple(choose.choice([1, 1, 2, 3]) for _ in size)
+    padding = tuple(choose.randint(0, k // 2) for k in kernel)
+    kind = choose.randint(0, 7)
+    if kind == 0:
+        return nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=choose.random() < 0.5), channels
+    if kind == 1:
+        counts = {"ceil_mode": choose.random() < 0.5, "count_include_pad": choose.random() < 0.5}
+        return nn.AvgPool2d(kernel, stride, padding, **counts, divisor_override=choose.choice([None, 3])), channels
+    if kind == 2:
+        return nn.AdaptiveAvgPool2d(choose.choice([(2, 3), (None, 4), 5])), channels
+    after, bias = choose.choice([4, 6, 12]), choose.random() < 0.5
+    groups = choose.choice([1, 1, 2]) if channels % 2 == 0 else 1
+    if kind == 3 and stride != (1, 1):
+        padding = tuple(choose.randint(0, 2 * k) for k in kernel)
+    if kind == 4:
+        stride, padding = (1, 1), "same"
+    return nn.Conv2d(channels, after, kernel, stride, padding, dilation, groups, bias), after
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_networks(seed):
+    """Any kernel, stride, padding, dilation and size of image, with more than one channel left empty."""
+    choose = random.Random(seed)
+    torch.manual_seed(seed)
+    channels, shape = 3, (choose.randint(5, 40), choose.randint(5, 40))
+    layers, x = [], torch.zeros(1, 3, *shape)
+    for _ in range(choose.randint(1, 5)):
+        layer, after = random_layer(choose, channels, x.shape[2:])
+        parts = [layer, *[nn.BatchNorm2d(after)] * (choose.random() < 0.6), *[nn.ReLU()] * (choose.random() < 0.6)]
+        try:
+            x = nn.Sequential(*parts).eval()(x)
+        except RuntimeError:  # it does not fit
+            continue
+        layers += parts
+        channels = after
+    if choose.random() < 0.7:
+        layers += [nn.Flatten(), nn.Linear(x[0].numel(), 9), nn.BatchNorm1d(9), nn.ReLU(True), nn.Linear(9, 4)]
+    check(pruned(nn.Sequential(*layers), choose.choice([0.5, 0.8, 0.95])), *(images(n, 3, *shape) for n in (2, 18)))
+
+
+class Forward(nn.Module):
+    """A forward pass to trace, with layers to use in it."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.down, self.norm = nn.Conv2d(4, 4, 3, stride=2), nn.BatchNorm2d(4)
+        self.relu, self.add, self.linear = nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(4 * 6 * 6, 5)
+        self.written = forward
+
+    def forward(self, x):
+        return self.written(self, x)
+
+
+def one_tensor_twice(m, x):
+    y = m.conv(x)
+    return m.relu(y) + y  # done in place, both are rectified
+
+
+def added_in_place(m, x):
+    y = m.conv(x)
+    z = y.flatten(1)  # a view: it sees the addition
+    y += m.other(x)
+    return m.linear(z)
+
+
+FORWARDS = {
+    "input alone": lambda m, x: x,
+    "relu of the input": lambda m, x: F.relu(x),
+    "norm first": lambda m, x: m.conv(torch.relu(m.norm(x))),
+    "norm after a sum": lambda m, x: m.norm(m.conv(x) + x),
+    "twice the same": lambda m, x: m.norm(x + x),
+    "sum with its own input": lambda m, x: F.relu(x + m.conv(x)),
+    "sum of two": lambda m, x: torch.add(m.conv(x), m.other(x)).relu(),
+    "a layer used twice": lambda m, x: m.conv(m.relu(m.conv(x))) + m.conv(x),
+    "read before and after": lambda m, x: m.norm(m.conv(x)) + m.other(m.conv(x)).relu_(),
+    "strided sum": lambda m, x: m.down(x) + m.down(m.conv(x)),
+    "relu after pooling": lambda m, x: F.relu(F.max_pool2d(m.conv(x), 2)),
+    "pool of the input": lambda m, x: F.avg_pool2d(x, 3, 2),
+    "unread map": lambda m, x: (m.conv(x), m.other(x))[1],
+    "view": lambda m, x: m.linear(m.conv(x).view(x.size(0), -1)),
+    "reshape": lambda m, x: m.linear(m.add(m.conv(x)).reshape(-1, 144)),
+    "reshape by shape": lambda m, x: m.linear(torch.reshape(m.conv(x), (x.shape[0], -1))),
+    "flat": lambda m, x: F.dropout(torch.flatten(m.conv(x), 1), 0.5, m.training),
+    "sum of features": lambda m, x: m.linear(x.flatten(1)) + m.linear(m.conv(x).flatten(1)).relu(),
+    "one tensor twice": one_tensor_twice,
+    "added in place": added_in_place,
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_ways_to_write_a_network(name):
+    torch.manual_seed(0)
+    check(pruned(Forward(FORWARDS[name]), 0.7), *(images(n, 4, 6, 6) for n in (1, 5, 19)))
+
+
+def test_layers_left_empty_and_maps_of_one_pixel():
+    model = pruned(build_model("resnet", 10, 8), 0.8)
+    model.layer1[0].conv1.weight.data.zero_()
+    model.layer3[0].conv2.weight.data.zero_()
+    check(model, images(17, 3, 32, 32), images(3, 3, 5, 9), images(18, 3, 4, 4), images(2, 3, 1, 1))
+
+
+def test_images_in_any_layout_and_none():
+    model = pruned(build_model("resnet", 10, 8), 0.8)
+    x = images(18, 3, 16, 16)
+    fast = check(model, x.to(memory_format=torch.channels_last), x[::2].transpose(2, 3))
+    assert fast(x[:0]).shape == (0, 10) and not fast(x).requires_grad
+
+
+def test_nan_and_infinity_stay():
+    """Of 18 images, those with a NaN or an infinity give NaN, and no other does."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3))
+    x = images(18, 1, 8, 8)
+    x[2, 0, 3, 3], x[17, 0, 4, 4] = float("nan"), float("inf")
+    have = SparseNetwork(model.eval())(x)
+    assert have.isfinite().all(1).tolist() == [index not in (2, 17) for index in range(18)]
+    assert have[2].isnan().all()
+
+
+def test_a_copy_keeps_its_weights():
+    model, x = pruned(build_model("lenet_5", 10), 0.9), images(2, 1, 28, 28)
+    fast = SparseNetwork(model)
+    before, copied = fast(x), copy.deepcopy(fast)
+    model.conv1.weight.data.zero_()
+    assert torch.equal(fast(x), before)
+    del fast
+    assert torch.equal(copied(x), before)
+    assert torch.equal(pickle.loads(pickle.dumps(copied))(x), before)
+
+
+def test_several_threads_at_once():
+    """Each call has maps of its own, and more shapes than are kept work."""
+    model = pruned(build_model("resnet", 10, 8), 0.8)
+    fast = SparseNetwork(model)
+    inputs = [
+        images(n, 3, size, size, seed=n) for n, size in ((1, 32), (20, 32), (33, 16), *((2, s) for s in range(4, 12)))
+    ]
+    with torch.no_grad():
+        wanted = [model(x) for x in inputs]
+    worst = []
+
+    def work():
+        for _ in range(5):
+            for x, want in zip(inputs, wanted, strict=True):
+                worst.append(float((fast(x) - want).abs().max() / want.abs().max()))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(worst) == 4 * 5 * len(inputs) and max(worst) <= BOUND
+
+
+def test_memory_does_not_grow():
+    fast, x = SparseNetwork(pruned(build_model("lenet_300_100", 10), 0.9)), images(33, 1, 28, 28)
+    for _ in range(100):
+        fast(x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2000):  # each would leave 100 kB if it kept its maps
+        fast(x)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kB
+
+
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_other_widths_of_registers(lanes, monkeypatch):
+    library = load_native(sparse.KERNEL, fuse=True, flags=[f"-DLANES={lanes}"])
+    library.halo_sparse_run.argtypes = sparse.load_kernel().halo_sparse_run.argtypes
+    monkeypatch.setattr(sparse, "load_kernel", lambda: library)
+    check(pruned(build_model("resnet", 10, 8), 0.8), images(1, 3, 32, 32), images(19, 3, 21, 13))
+    check(pruned(build_model("lenet_5", 10), 0.8), images(1, 1, 28, 28), images(19, 1, 28, 28))
+
+
+def test_without_a_compiler_torch_runs_it(monkeypatch):
+    def no_kernel():
+        raise OSError("no C++ compiler g++ on the PATH")
+
+    monkeypatch.setattr(sparse, "load_kernel", no_kernel)
+    model, x = pruned(build_model("resnet", 10, 8), 0.8), images(3, 3, 32, 32)
+    with pytest.warns(UserWarning, match="no C.. compiler g.. on the PATH: torch runs the network instead"):
+        slow = SparseNetwork(model)
+    assert not slow.compiled and "compiled=False" in repr(slow)
+    with torch.no_grad():
+        close(slow(x), model(x))
+
+
+def test_repr_counts_the_weights():
+    model = pruned(build_model("lenet_300_100", 10), 0.9)
+    assert repr(SparseNetwork(model)) == "SparseNetwork(3 layers, 26620 of 266200 weights, compiled=True)"
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Sigmoid(), "does not support Sigmoid"),
+        (nn.ConvTranspose2d(4, 4, 3), "does not support ConvTranspose2d"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect': use zeros"),
+        (nn.BatchNorm2d(4, track_running_stats=False), "without running statistics"),
+        (nn.MaxPool2d(2, return_indices=True), "returns indices"),
+        (nn.Flatten(2), "only flatten\\(1\\)"),
+        (nn.Linear(6, 5), "flatten the map before Linear"),
+        (nn.Sequential(nn.Flatten(), nn.Conv2d(4, 4, 3)), "reads features"),
+        (Forward(lambda m, x: x * 2), "does not support mul\\(\\) \\(at 'mul'\\): run the network itself"),
+        (Forward(lambda m, x: x + 1), "addition of anything but two maps"),
+        (Forward(lambda m, x: x.flatten(1) + x), "addition of a map and features"),
+        (Forward(lambda m, x: x.view(-1, 2, 72)), "view other than"),
+        (Forward(lambda m, x: (x, x)), "not one tensor"),
+        (Forward(lambda m, x: x + m.linear.bias), "linear.bias"),
+        (Forward(lambda m, x: x if x.sum() > 0 else -x), "torch.fx cannot follow the network"),
+    ],
+)
+def test_what_is_not_supported_is_named(layer, message):
+    with pytest.raises(ValueError, match=message):
+        SparseNetwork(layer.eval())
+
+
+def test_training_mode_is_refused():
+    model = build_model("resnet", 10, 8)
+    with pytest.raises(ValueError, match="in training mode: call model.eval"):
+        SparseNetwork(model)
+    model.eval().layer1[0].bn1.train()
+    with pytest.raises(ValueError, match="BatchNorm2d 'layer1.0.bn1' is in training mode"):
+        SparseNetwork(model)
+    with pytest.raises(ValueError, match="drops values in training mode"):
+        SparseNetwork(Forward(lambda m, x: F.dropout(x)).eval())
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(1, 4, 6, 6).double(), TypeError, "float32 tensor on the CPU, not torch.float64 on cpu"),
+        ([1.0], TypeError, "not list"),
+        (torch.zeros(4, 6, 6), ValueError, "use unsqueeze"),
+        (torch.zeros(1, 3, 6, 6), ValueError, "conv reads 4 channels, but its input has 3"),
+        (torch.zeros(1, 4, 7, 6), ValueError, "linear reads 144 features, but its input has 168"),
+        (torch.zeros(1, 4, 0, 6), ValueError, "does not fit on a map of 0 x 6"),
+    ],
+)
+def test_images_that_do_not_fit(x, error, message):
+    fast = SparseNetwork(Forward(lambda m, x: m.linear(m.conv(x).flatten(1))).eval())
+    with pytest.raises(error, match=message):
+        fast(x)
+
+
+def test_maps_that_do_not_fit():
+    with pytest.raises(ValueError, match="adds maps of different shapes"):
+        SparseNetwork(Forward(lambda m, x: m.conv(x) + m.down(x)).eval())(torch.zeros(1, 4, 6, 6))
+    with pytest.raises(ValueError, match="view of 144 features for a map"):
+        SparseNetwork(Forward(lambda m, x: x.view(-1, 144)).eval())(torch.zeros(1, 4, 8, 6))
