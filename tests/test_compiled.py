@@ -37,7 +37,7 @@ def test_200_steps_agree_within_the_stated_bound(capsys):
     for name, value in results[0].items():
         assert (results[1][name] - value).abs().max() <= BOUND * value.abs().max(), name
     assert not torch.equal(results[0]["0.weight"], small_network().state_dict()["0.weight"])
-    notes = capsys.readouterr().err.splitlines()
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]  # torch warns too
     assert [line.split()[1] for line in notes] == ["compiling", "compiled"]
 
 
