@@ -51,7 +51,8 @@ def train(*options: str) -> dict:
 def no_figures():
     """Leave out the figures of training and pruning, which take longer than a short run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.training.outputs.draw", lambda *_, **__: None)
+        patch.setattr("utils.training.outputs.draw_curves", lambda *_, **__: None)
+        patch.setattr("utils.training.outputs.draw_regularization", lambda *_, **__: None)
         patch.setattr("utils.plots.plot_accuracy_vs_sparsity", lambda *_, **__: None)
         yield
 

@@ -122,7 +122,7 @@ def test_the_estimate_counts_only_runs_to_train(done, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out/none/plain/seed1/test")  # trained: only to be pruned
     shutil.rmtree(tmp_path / "out/none/plain/seed2")
     run(path, "--out", tmp_path / "out", "--jobs", 1, "--dry_run")
-    assert "2 to do, about 10 min" in capsys.readouterr().out
+    assert "2 to do, 1 to train, about 10 min" in capsys.readouterr().out
 
 
 def test_more_seeds_add_runs(done, tmp_path):
