@@ -130,7 +130,7 @@ def test_linear_layers_are_taken_where_there_is_no_convolution(here):
     assert find_arch("my_nets:mlp").depth is None
 
 
-@pytest.mark.parametrize("arch", ["vgg11_bn", "resnet", "lenet_5", "lenet_300_100"])
+@pytest.mark.parametrize("arch", ["vgg11_bn", "resnet", "lenet_300_100"])
 def test_the_sizes_that_an_architecture_states_are_those_it_takes(arch):
     """Each limit is tried with the network itself, and the size beyond it."""
     model, spec = build_model(arch, 3, 8 if arch == "resnet" else None).eval(), find_arch(arch)

@@ -6,18 +6,16 @@ import argparse
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from models import ARCHS, find_arch
 from utils.distributed import processes
-from utils.halo.lambda_sgd import FusedHALO
+from utils.halo.lambda_sgd import load_kernel
+from utils.halo.penalties import HALO, Penalty
 from utils.run import REPOSITORY
 from utils.training.dataset import Dataset
-
-if TYPE_CHECKING:
-    from utils.training.experiment import Experiment
 
 
 def data_line(args: argparse.Namespace, data: Dataset) -> str:
@@ -29,28 +27,34 @@ def data_line(args: argparse.Namespace, data: Dataset) -> str:
     return f"data     {args.dataset}: {counts} images of {size}, {len(data.classes)} classes{where}"
 
 
-def opening_lines(run: Experiment) -> list[str]:
-    """Say what the network is, where it is computed and where everything goes."""
-    args = run.args
+def network_line(args: argparse.Namespace, model: nn.Module, penalty: Penalty) -> str:
+    """Say what the network is, and how much of it is penalised."""
     depth = f" --depth {args.depth}" if find_arch(args.arch).depths else ""
-    total = sum(p.numel() for p in run.model.parameters())
-    penalized = sum(w.numel() for w in run.penalty.penalized.values())
+    total = sum(p.numel() for p in model.parameters())
+    penalized = sum(w.numel() for w in penalty.penalized.values())
     coefficients = "".join(f" {n} {getattr(args, n):g}" for n in ("xi", "psi", "lambda_init") if getattr(args, n))
     by = f"{penalized:,} penalised by {args.penalty}{coefficients}" if args.penalty != "none" else "no penalty"
-    network = f"network  {args.arch}{depth}: {total:,} parameters, {by}"
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else str(run.device)
+    return f"network  {args.arch}{depth}: {total:,} parameters, {by}"
+
+
+def compute_line(args: argparse.Namespace, penalty: Penalty, device: torch.device) -> str:
+    """Say where the network is computed and where everything goes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     several = f", {processes()} processes" if processes() > 1 else ""
-    place = f"{device}, {torch.get_num_threads()} threads{several}, {args.amp or 'fp32'}{kernel(run)}"
-    return [network, f"compute  {place}; save_dir {run.folder}"]
+    place = f"{name}, {torch.get_num_threads()} threads{several}, {args.amp or 'fp32'}{kernel(penalty, device)}"
+    return f"compute  {place}; save_dir {args.save_dir}"
 
 
-def kernel(run: Experiment) -> str:
+def kernel(penalty: Penalty, device: torch.device) -> str:
     """Say whether the step of HALO has its compiled kernel; nothing where there is no such step."""
-    steps = [optimizer for optimizer in run.optimizers if isinstance(optimizer, FusedHALO)]
-    if not steps:
+    if not isinstance(penalty, HALO):
         return ""
-    with_kernel = run.device.type == "cpu" and steps[0].slow_because is None
-    return ", HALO's kernel" if with_kernel else ", HALO without its kernel"
+    try:
+        if device.type == "cpu" and load_kernel():
+            return ", HALO's kernel"
+    except OSError:
+        pass  # the optimizer will say why
+    return ", HALO without its kernel"
 
 
 def script_path(name: str) -> str:

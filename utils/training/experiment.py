@@ -22,7 +22,7 @@ from utils.logger import epoch_line, result_text, say, warn
 from utils.options import OptionError
 from utils.run import choose_device, clear_run, describe, interrupt_later, run_folder, set_seed, write_json
 from utils.training import loading
-from utils.training.announce import data_line, opening_lines
+from utils.training.announce import compute_line, data_line, network_line
 from utils.training.compiled import CompiledNetwork
 from utils.training.dataset import Dataset
 from utils.training.epoch import NonFiniteLossError
@@ -186,9 +186,9 @@ def train(
     penalty = make_penalty(
         args.penalty, penalized_parameters(model, linear=takes_linear(args.arch, model)), **coefficients
     )
+    say(network_line(args, model, penalty))
+    say(compute_line(args, penalty, device))
     experiment = kind(args, data, model, penalty, device=device, generator=generator)
-    for line in opening_lines(experiment):
-        say(line)
     if state is not None:
         load_state(experiment, state, args.resume)
     else:
