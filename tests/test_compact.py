@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+import check_params
 from models import build_model
 from utils import prunable_weights
-from utils.files.checkpoint import CheckpointError, load_checkpoint
-from utils.files.compact import entropy_bound, same_bits, save_compact
+from utils.files.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.files.compact import entropy_bound, same_bits, save_compact, without_negative_zeros
 from utils.halo.pruning import prune_by_magnitude_
 
 
@@ -71,3 +72,41 @@ def test_flipped_bytes(tmp_path):
     path.write_bytes(bytes(content))
     with pytest.raises(CheckpointError, match="damaged"):
         load_checkpoint(path)
+
+
+def test_negative_zeros_are_counted_and_stored_as_zeros_when_asked(tmp_path, capsys, fails_in):
+    """A network of another program, 95% of whose weights are -0.0."""
+    torch.manual_seed(0)
+    model = build_model("resnet", 10, 8)
+    weights = prunable_weights(model)
+    prune_by_magnitude_(weights, 0.95)
+    count = sum(int((w == 0).sum()) for w in weights.values())
+    with torch.no_grad():
+        for w in weights.values():
+            w[w == 0] = -0.0
+    save_checkpoint(tmp_path / "foreign", {"state_dict": model.state_dict()})
+    options = ["-d", "cifar10", "-a", "resnet", "--depth", "8", "--no_data", "--checkpoint", str(tmp_path / "foreign")]
+
+    def check(name, *more):
+        args = check_params.get_parser().parse_args([*options, "--compact", str(tmp_path / name), *more])
+        return check_params.main(args)["compact"], capsys.readouterr().out
+
+    kept, said = check("kept")
+    assert kept["negative_zeros"] == count and f"{count} negative zeros are kept bit for bit" in said
+    assert "--plain_zeros" in said
+    plain, said = check("plain", "--plain_zeros")
+    assert f"{count} negative zeros were stored as zeros" in said and plain["bytes"] < 0.8 * kept["bytes"]
+    one, other = (load_checkpoint(tmp_path / name)["state_dict"] for name in ("kept", "plain"))
+    assert same_bits(model.state_dict(), one) and not same_bits(one, other)
+    assert all(torch.equal(one[name], other[name]) for name in one)  # -0.0 == 0.0
+    assert without_negative_zeros(other)[1] == 0
+    status, line = fails_in(check_params, *options, "--plain_zeros")
+    assert status == 2 and "--plain_zeros does nothing without --compact" in line
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_negative_zeros_of_every_float_type(dtype):
+    tensors = {"w": torch.tensor([-0.0, 0.0, -1.0, -0.0], dtype=dtype), "n": torch.tensor([-(2**31), 0])}
+    plain, count = without_negative_zeros(tensors)
+    assert count == 2 and not plain["w"].signbit()[[0, 1, 3]].any() and plain["w"][2] == -1
+    assert plain["n"] is tensors["n"]

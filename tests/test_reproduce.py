@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,8 @@ from conftest import ROOT
 
 import reproduce
 from utils.run import portable_path
-from utils.studies.study import choose, load_study, on_edge, read_accuracies
+from utils.studies.progress import committed_seconds, to_come
+from utils.studies.study import choose, load_study, on_edge, read_accuracies, run_folder
 
 STUDY = {
     "title": "Digits: a small study",
@@ -123,6 +125,39 @@ def test_the_estimate_counts_only_runs_to_train(done, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out/none/plain/seed2")
     run(path, "--out", tmp_path / "out", "--jobs", 1, "--dry_run")
     assert "2 to do, 1 to train, about 10 min" in capsys.readouterr().out
+
+
+def test_the_runs_to_come_are_counted(tmp_path, capsys):
+    """5 configurations are tuned with seed 1. Seed 2 is new: one run of none and of HALO, one or two of L1's three."""
+    path = write_study(tmp_path)
+    assert run(path, "--out", tmp_path / "out", "--dry_run") == {"tuning": 5, "final": None}
+    said = capsys.readouterr().out
+    assert "tuning: 5 runs, 5 to do, 5 to train, unknown time" in said and "then 3 to 4 more to train" in said
+    study = load_study(path)
+    assert to_come(study, tmp_path / "out") == (3, 4)
+    one_each = load_study(write_study(tmp_path, percent=[0.5]))
+    assert to_come(one_each, tmp_path / "out") == (3, 3)
+    folder = run_folder(tmp_path / "out", study.of_method("HALO")[0], 2) / "run"
+    folder.mkdir(parents=True)
+    for name in ("summary.json", "final.pth.tar"):
+        (folder / name).touch()
+    assert to_come(study, tmp_path / "out") == (2, 3)  # HALO's is trained already
+
+
+def test_what_is_left_agrees_with_what_is_run(done, tmp_path, capsys):
+    """Before and after tuning, the promise holds: as many runs are trained as it said."""
+    path, out = done
+    trained = len(list(out.glob("*/*/seed*/run/summary.json"))) + len(list(out.glob("*/*/seed*/failed.json")))
+    fewest, most = to_come(load_study(path), tmp_path / "nothing")
+    assert 5 + fewest <= trained <= 5 + most
+
+
+def test_committed_measurements_give_an_estimate(capsys, tmp_path):
+    run("mnist_lenet300", "--out", tmp_path / "out", "--jobs", 1, "--dry_run")
+    said = capsys.readouterr().out
+    seconds = committed_seconds(load_study(ROOT / "results" / "studies" / "mnist_lenet300.json"))
+    runs = int(re.search(r"(\d+) to train", said)[1])
+    assert 1 < seconds < 1000 and f"about {runs * seconds / 3600:.1f} h, by the runs of results/replication" in said
 
 
 def test_more_seeds_add_runs(done, tmp_path):
