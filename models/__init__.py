@@ -39,7 +39,9 @@ ARCHS: dict[str, Arch] = {
 ARCHS["resnet"] = Arch(ResNet, (3, 32, 32), False, 50, RESNET_DEPTHS, channels_last=True)
 ARCHS["lenet_300_100"] = Arch(LeNet300, (1, 28, 28), True, None, sizes=(28, 28))
 ARCHS["LeNet31"] = ARCHS["lenet_300_100"]
-ARCHS["lenet_5"] = Arch(LeNet5, (1, 28, 28), True, None, channels_last=True, sizes=(28, 29))  # 29 pools to the same maps
+ARCHS["lenet_5"] = Arch(
+    LeNet5, (1, 28, 28), True, None, channels_last=True, sizes=(28, 29)
+)  # 29 pools to the same maps
 
 CIFAR_ARCHS = [name for name, arch in ARCHS.items() if not arch.linear]
 MNIST_ARCHS = [name for name, arch in ARCHS.items() if arch.linear]

@@ -321,8 +321,8 @@ def test_bad_checkpoints_are_one_line(network, tmp_path, fails_in, stage, broken
         (compute_energy, ["--labels", "a", "b"], 2, "--labels"),
         (check_params, ["--json", "nowhere/x.json"], 1, "nowhere"),
         (check_params, ["-a", "lenet_5", "--depth", "5"], 2, "--depth 5"),
-        (check_params, ["-a", "lenet_5"], 1, "folder has no 1x28x28 images"),
-        (check_params, ["-d", "mnist"], 1, "mnist has no 3x32x32 images"),
+        (check_params, ["-a", "lenet_5"], 2, "-a lenet_5 contradicts"),
+        (check_params, ["-d", "mnist"], 2, "-d mnist contradicts"),
     ],
 )
 def test_bad_options_of_the_stages(network, tmp_path, fails_in, monkeypatch, stage, extra, status, words):
