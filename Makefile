@@ -29,7 +29,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 # Speed and memory, as tables; run it with nothing else on the machine.
 bench: .venv/installed

@@ -1,7 +1,7 @@
 """HALO (Hierarchical Adaptive Lasso, arXiv 2008.10183) on torch alone, for any training loop.
 
-May enter: the penalties, the step of lam, which tensors, exact pruning, fixed zeros, sparse inference, shrinking. May not:
-anything but torch and this folder. Installed, this folder is the package `halo`.
+May enter: the penalties, the step of lam, which tensors, exact pruning, fixed zeros, sparse inference, shrinking.
+May not: anything but torch and this folder. Installed, this folder is the package `halo`.
 """
 
 from .decoupled import DecoupledLambdaSGD
