@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 import reproduce
+from utils.logger import duration
 from utils.run import portable_path
 from utils.studies.progress import committed_seconds, to_come
 from utils.studies.study import choose, load_study, on_edge, read_accuracies, run_folder
@@ -157,7 +158,7 @@ def test_committed_measurements_give_an_estimate(capsys, tmp_path):
     said = capsys.readouterr().out
     seconds = committed_seconds(load_study(ROOT / "results" / "studies" / "mnist_lenet300.json"))
     runs = int(re.search(r"(\d+) to train", said)[1])
-    assert 1 < seconds < 1000 and f"about {runs * seconds / 3600:.1f} h, by the runs of results/replication" in said
+    assert 1 < seconds < 1000 and f"about {duration(runs * seconds)}, by the runs of results/replication" in said
 
 
 def test_more_seeds_add_runs(done, tmp_path):
