@@ -20,7 +20,15 @@ from utils.files.lock import folder_lock
 from utils.logger import duration, say
 from utils.run import portable_path, require_writable, run_script
 from utils.studies.checks import check_numbers
-from utils.studies.jobs import Job, final_jobs, require_same_options, run_jobs, save_choice, tuning_jobs
+from utils.studies.jobs import (
+    Job,
+    final_jobs,
+    jobs_before,
+    require_same_options,
+    run_jobs,
+    save_choice,
+    tuning_jobs,
+)
 from utils.studies.progress import Progress, committed_seconds, to_come
 from utils.studies.report import write_report
 from utils.studies.study import Study, load_study
@@ -59,22 +67,25 @@ def full_command(args: argparse.Namespace) -> str:
 
 
 def run_phase(jobs: list[Job], out: Path, *, processes: int, guess: float | None) -> None:
-    """Run what is not done of some jobs, once it is clear that what is done belongs to them."""
-    for job in jobs:
+    """Run what is not done of some jobs and of those before them, once it is clear that what is done is theirs."""
+    before = jobs_before(jobs)
+    for job in [*before, *jobs]:
         require_same_options(job)
-    progress = Progress(jobs, out, processes=processes, guess=guess)
-    for number, (job, seconds) in enumerate(run_jobs(progress.left, processes=processes), start=1):
-        progress.add(job, seconds, number)
+    for some in (before, jobs):
+        progress = Progress(some, out, processes=processes, guess=guess)
+        for number, (job, seconds) in enumerate(run_jobs(progress.left, processes=processes), start=1):
+            progress.add(job, seconds, number)
 
 
 def dry_run(study: Study, out: Path, data: str, *, processes: int) -> dict:
     """Say what would run; return the numbers of runs."""
     guess = committed_seconds(study)
-    tuning = Progress(tuning_jobs(study, out, data), out, processes=processes, guess=guess)
+    tuning, final = tuning_jobs(study, out, data), final_jobs(study, out, data)
+    tuning = Progress([*jobs_before(tuning), *tuning], out, processes=processes, guess=guess)
     say(f"{study.name}: {study.title}")
     count = f"{len(tuning.jobs)} runs, {len(tuning.left)} to do, {len(tuning.untrained)} to train"
     say(f"tuning: {count}, {tuning.estimate()}")
-    final = Progress(final_jobs(study, out, data), out, processes=processes, guess=guess)
+    final = Progress([*jobs_before(final), *final], out, processes=processes, guess=guess)
     if tuning.left:
         fewest, most = to_come(study, out)
         count = f"{fewest} to {most}" if fewest < most else f"{most}"

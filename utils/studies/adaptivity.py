@@ -178,7 +178,7 @@ def measure_control(
     try:
         with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             args = train_control(run, name, folder / "run", data=data, epochs=epochs)
-            measure(args, folder / "val", percent=percent, scheme="global", images="val")
+            measure(args, folder / "val", percent=percent, of="nonzero", scheme="global", images="val")
     except KeyboardInterrupt as error:
         raise type(error)(f"stopped; the same command goes on, {folder} holds the last finished epoch") from error
     except NonFiniteLossError as error:

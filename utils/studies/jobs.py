@@ -7,23 +7,25 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from utils.run import read_json, write_json
 from utils.stages.prune import prune_and_evaluate
-from utils.studies.study import CONTROLS, Config, Study, choose, pruning_arguments, run_folder, training_arguments
+from utils.studies.methods import Config
+from utils.studies.study import CONTROLS, Study, choose, pruning_arguments, run_folder, training_arguments
 from utils.training.epoch import NonFiniteLossError
 from utils.training.experiment import train_or_evaluate
-from utils.training.state import FREE_ON_RESUME
+from utils.training.state import FREE_ON_RESUME, KEPT_ON_RESUME
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Job:
         data: folder of the images.
         percent: fractions to remove.
         images: "val" to measure on the held-out images, "test" on the test images.
-        schemes: how to prune.
+        schemes: how to prune; none for a network that is only trained, for others to go on from.
     """
 
     study: Study
@@ -62,17 +64,37 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether there is nothing to do: all is measured, or the run diverged."""
+        if (self.folder / "failed.json").exists():
+            return True
         folders = [self.measurement(scheme) for scheme in self.schemes]
-        return (self.folder / "failed.json").exists() or all(is_measured(f, self.percent) for f in folders)
+        return all(is_measured(f, self.percent) for f in folders) if folders else self.trained
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run is finished and its network there."""
+        return is_trained(self.folder / "run")
+
+    @property
+    def before(self) -> Job | None:
+        """The job that trains the network which this one goes on from; None where it begins anew."""
+        config = self.config.before
+        return replace(self, config=config, percent=(), images="val", schemes=()) if config else None
 
     def __str__(self) -> str:
-        return f"{self.config.method} {self.config.name} seed {self.seed}, {self.images}"
+        what = self.images if self.schemes else "before the cut"
+        return f"{self.config.method} {self.config.name} seed {self.seed}, {what}"
 
 
 def tuning_jobs(study: Study, out: Path, data: str) -> list[Job]:
     """Return the jobs that measure every configuration on the held-out images."""
-    pairs = [(config, seed) for seed in study.tune_seeds for config in study.configs]
-    return [Job(study, config, seed, out, data, study.percent, "val") for config, seed in pairs]
+    runs = {run: ratios for config in study.configs for run, ratios in config.runs(study.percent).items()}
+    pairs = [(seed, run) for seed in study.tune_seeds for run in runs]
+    return [Job(study, run, seed, out, data, runs[run], "val") for seed, run in pairs]
+
+
+def jobs_before(jobs: list[Job]) -> list[Job]:
+    """Return the jobs whose networks some others still have to go on from; those of several ratios share one."""
+    return list(dict.fromkeys(job.before for job in jobs if job.before and not (job.done or job.trained)))
 
 
 def final_jobs(study: Study, out: Path, data: str) -> list[Job]:
@@ -81,7 +103,7 @@ def final_jobs(study: Study, out: Path, data: str) -> list[Job]:
     for method, choice in choose(study, out).items():
         schemes = ("global", *(CONTROLS if method in study.controls else ()))
         for config in dict.fromkeys(choice.values()):
-            percent = tuple(ratio for ratio in study.percent if choice[ratio] == config)
+            percent = tuple(ratio for ratio in study.percent if choice.get(ratio) == config)
             jobs += [Job(study, config, seed, out, data, percent, "test", schemes) for seed in study.seeds]
     return sorted(jobs, key=lambda job: job.seed)  # so that a study that is cut short has some of each
 
@@ -94,7 +116,8 @@ def run_job(job: Job) -> float:
         try:
             training = train(job)
             for scheme in job.schemes:
-                measure(training, job.measurement(scheme), percent=job.percent, scheme=scheme, images=job.images)
+                what = {"percent": job.percent, "scheme": scheme, "images": job.images}
+                measure(training, job.measurement(scheme), of="all" if job.config.ratio else "nonzero", **what)
         except NonFiniteLossError as error:
             write_json(job.folder / "failed.json", {"reason": str(error)})
     return time.perf_counter() - start
@@ -103,9 +126,28 @@ def run_job(job: Job) -> float:
 def train(job: Job) -> argparse.Namespace:
     """Train the run unless it is trained (again if its network was deleted to save space); return its options."""
     args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
-    if not is_trained(job.folder / "run"):
+    if not job.trained:
+        if job.before and not args.resume:
+            args.start = args.mask = str(cut(job))
         train_or_evaluate(args)
+        shutil.rmtree(job.folder / "cut", ignore_errors=True)  # the checkpoint holds its zeros
     return args
+
+
+def cut(job: Job) -> Path:
+    """Prune the network that a job goes on from; return the file.
+
+    Raises:
+        NonFiniteLossError: its training diverged.
+    """
+    before, ratio = job.before, job.config.ratio
+    failed = read_json(before.folder / "failed.json")
+    if failed:
+        raise NonFiniteLossError(f"before the cut, {failed['reason']}")
+    training = training_arguments(job.study, before.config, seed=job.seed, folder=before.folder, data=job.data)
+    what = {"percent": (ratio,), "of": "all", "scheme": "global", "images": "val"}
+    prune_and_evaluate(pruning_arguments(training, **what, folder=job.folder / "cut"))
+    return job.folder / "cut" / f"pruned_{ratio:g}.pth.tar"
 
 
 def is_trained(folder: Path) -> bool:
@@ -124,7 +166,8 @@ def require_same_options(job: Job) -> None:
         return
     args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
     was, now = summary["arguments"], vars(args)
-    changed = [key for key in was if key not in FREE_ON_RESUME - {"epochs"} and was[key] != now[key]]
+    free = FREE_ON_RESUME - {"epochs"} | {key for key in KEPT_ON_RESUME if now[key] is None}
+    changed = [key for key in was if key not in free and was[key] != now[key]]
     if changed:
         raise ValueError(
             f"{job.folder} was trained with {changed[0]} {was[changed[0]]}, the study now says {now[changed[0]]}: "
@@ -139,18 +182,19 @@ def is_measured(folder: Path, percent: tuple[float, ...]) -> bool:
 
 
 def measure(
-    training: argparse.Namespace, folder: Path, *, percent: tuple[float, ...], scheme: str, images: str
+    training: argparse.Namespace, folder: Path, *, percent: tuple[float, ...], of: str, scheme: str, images: str
 ) -> None:
     """Prune a trained run and evaluate it, unless that is done; keep the numbers, not the pruned networks.
 
     Args:
         training: the options of the run.
         folder: where the numbers go.
-        percent, scheme, images: as in `utils.studies.study.pruning_arguments`.
+        percent, of, scheme, images: as in `utils.studies.study.pruning_arguments`.
     """
     if is_measured(folder, percent):
         return
-    prune_and_evaluate(pruning_arguments(training, percent=percent, scheme=scheme, images=images, folder=folder))
+    what = {"percent": percent, "of": of, "scheme": scheme, "images": images}
+    prune_and_evaluate(pruning_arguments(training, **what, folder=folder))
     for path in folder.glob("pruned_*.pth.tar"):
         path.unlink()
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 from utils.logger import duration, say
 from utils.run import REPOSITORY, read_json, write_json
-from utils.studies.jobs import Job, is_trained
-from utils.studies.study import Config, Study, read_accuracies, run_folder
+from utils.studies.jobs import Job, final_jobs, is_trained, jobs_before, tuning_jobs
+from utils.studies.methods import Config
+from utils.studies.study import Study, read_accuracies, run_folder
 
 
 def committed_seconds(study: Study) -> float | None:
@@ -28,16 +31,37 @@ def is_to_train(study: Study, out: Path, config: Config, seed: int) -> bool:
 
 
 def to_come(study: Study, out: Path) -> tuple[int, int]:
-    """Return how many runs training the chosen coefficients will take, at least and at most, before they are chosen.
+    """Return how many runs training the chosen coefficients will take, at least and at most.
 
-    At least where all ratios share the coefficients with the most finished runs, at most where each has its own.
+    Where a method is not tuned yet: at least if its ratios share what can be shared with the most finished runs, at
+    most if each has its own.
     """
     fewest = most = 0
     for method in study.methods:
-        configs = study.of_method(method)
-        left = sorted(sum(is_to_train(study, out, config, seed) for seed in study.seeds) for config in configs)
-        fewest, most = fewest + left[0], most + sum(left[-len(study.percent) :])
+        own = replace(study, configs=tuple(study.of_method(method)))
+        if all(job.done for job in tuning_jobs(own, out, "")):
+            jobs = final_jobs(own, out, "")
+            low = high = sum(not (job.done or job.trained) for job in [*jobs_before(jobs), *jobs])
+        else:
+            low, high = _before_tuning(own, out)
+        fewest, most = fewest + low, most + high
     return fewest, most
+
+
+def _before_tuning(study: Study, out: Path) -> tuple[int, int]:
+    """Return what `to_come` does, of one method whose coefficients are not chosen yet."""
+
+    def left(runs: Iterable[Config]) -> list[int]:
+        return sorted(sum(is_to_train(study, out, run, seed) for seed in study.seeds) for run in runs)
+
+    ratios = study.percent
+    if study.configs[0].kind == "once":
+        each = left(study.configs)
+        return each[0], sum(each[-len(ratios) :])
+    own = [left(config.at(ratio) for config in study.configs) for ratio in ratios]
+    before = left({config.before for config in study.configs} - {None}) or [0]
+    fewest, most = sum(each[0] for each in own), sum(each[-1] for each in own)
+    return fewest + (before[0] if fewest else 0), most + sum(before[-len(ratios) :])
 
 
 class Progress:
@@ -53,7 +77,7 @@ class Progress:
     def __init__(self, jobs: list[Job], out: Path, *, processes: int, guess: float | None = None) -> None:
         self.jobs, self.path, self.processes = jobs, out / "seconds.json", processes
         self.left, self.guess = [job for job in jobs if not job.done], guess
-        self.untrained = {job for job in self.left if not is_trained(job.folder / "run")}
+        self.untrained = {job for job in self.left if not job.trained}
         self.seconds: dict[str, float] = read_json(self.path) or {}
 
     def estimate(self) -> str:
@@ -61,16 +85,18 @@ class Progress:
         each = mean(self.seconds.values()) if self.seconds else self.guess
         if each is None:
             return "unknown time (no run is finished yet)"
+        epochs = sum(job.config.part for job in self.untrained)  # as a multiple of the study's
         source = "" if self.seconds else ", by the runs of results/replication"
-        return f"about {duration(len(self.untrained) * each / self.processes)}{source}"
+        return f"about {duration(epochs * each / self.processes)}{source}"
 
     def add(self, job: Job, seconds: float, number: int) -> None:
         """Record a finished job and say so."""
         if job in self.untrained:
             self.untrained.remove(job)
-            self.seconds[str(job)] = seconds
+            self.seconds[str(job)] = seconds / job.config.part  # of a run of all epochs
             write_json(self.path, self.seconds)
         accuracies = read_accuracies(job.measurement("global") / "prune.json")
-        text = ", ".join(f"{ratio:g}: {value:.2f}" for ratio, value in accuracies.items()) or "diverged"
+        text = ", ".join(f"{ratio:g}: {value:.2f}" for ratio, value in accuracies.items())
+        text = text or ("trained" if job.trained else "diverged")
         left = len(self.left) - number
         say(f"[{len(self.jobs) - left}/{len(self.jobs)}] {job}: {text}; {seconds:.0f} s; {self.estimate()} left")

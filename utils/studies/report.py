@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from utils.files.atomic import write_text
 from utils.logger import duration, write_csv
 from utils.plot_methods import failed_to_learn, plot_pareto, plot_study
 from utils.run import read_json
-from utils.studies.study import CONTROLS, Config, Study, choose, held_out_accuracy, on_edge, run_folder
+from utils.studies.jobs import tuning_jobs
+from utils.studies.methods import Config
+from utils.studies.study import CONTROLS, Study, choose, held_out_accuracy, on_edge, run_folder
 
 
 def final_rows(study: Study, out: Path, *, scheme: str = "global") -> list[dict]:
@@ -49,13 +52,20 @@ def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float
         "dense": report["before"]["top1"],
         "compression": result["compression_ratio"],
         "speedup": result["theoretical_speedup"],
-        "seconds": summary["seconds"],
+        "seconds": summary["seconds"] + _seconds_before(out, config, seed),
     }
+
+
+def _seconds_before(out: Path, config: Config, seed: int) -> float:
+    """Return how long the training took that a run goes on from."""
+    return read_json(run_folder(out, config.before, seed) / "run" / "summary.json")["seconds"] if config.before else 0.0
 
 
 def _row(study: Study, method: str, ratio: float, config: Config, runs: list[dict], *, best: float) -> dict:
     def spread(key: str) -> float | str:
         return stdev(run[key] for run in runs) if len(runs) > 1 else ""
+
+    once = config.ratio is None  # else no network was dense at the end of training
 
     return {
         "method": method,
@@ -65,8 +75,8 @@ def _row(study: Study, method: str, ratio: float, config: Config, runs: list[dic
         "n": len(runs),
         "top1_mean": mean(run["top1"] for run in runs),
         "top1_std": spread("top1"),
-        "dense_mean": mean(run["dense"] for run in runs),
-        "dense_std": spread("dense"),
+        "dense_mean": mean(run["dense"] for run in runs) if once else "",
+        "dense_std": spread("dense") if once else "",
         "compression": mean(run["compression"] for run in runs),
         "speedup": mean(run["speedup"] for run in runs),
         "seconds": mean(run["seconds"] for run in runs),
@@ -77,19 +87,25 @@ def _row(study: Study, method: str, ratio: float, config: Config, runs: list[dic
 
 
 def _percent(row: dict, key: str) -> str:
-    spread = row[f"{key}_std"]
-    return f"{row[f'{key}_mean']:.2f}" + (f" ± {spread:.2f}" if spread != "" else "")
+    value, spread = row[f"{key}_mean"], row[f"{key}_std"]
+    return "" if value == "" else f"{value:.2f}" + (f" ± {spread:.2f}" if spread != "" else "")
+
+
+def _top1(row: dict) -> str:
+    """Format top-1, with the median where a run failed to learn: there a mean says little."""
+    text = f" (median {median(row['top1_seeds']):.2f})" if any(row.get("failed", ())) else ""
+    return _percent(row, "top1") + text
 
 
 def top1_table(rows: list[dict], title: str) -> list[str]:
     """Format top-1 with a line a method and a column a ratio, as Markdown.
 
     Args:
-        rows: `method`, `ratio`, `top1_mean` and `top1_std` in percent (empty for n = 1).
+        rows: `method`, `ratio`, `top1_mean` and `top1_std` in percent (empty for n = 1); with `failed`, `top1_seeds`.
         title: the heading.
     """
     ratios, methods = sorted({row["ratio"] for row in rows}), list(dict.fromkeys(row["method"] for row in rows))
-    cells = {(row["method"], row["ratio"]): _percent(row, "top1") for row in rows}
+    cells = {(row["method"], row["ratio"]): _top1(row) for row in rows}
     lines = [f"## {title}", "", "| | " + " | ".join(f"{ratio:g}" if ratio else "dense" for ratio in ratios) + " |"]
     lines.append("|---" * (len(ratios) + 1) + "|")
     lines += [f"| {m} | " + " | ".join(cells.get((m, ratio), "") for ratio in ratios) + " |" for m in methods]
@@ -112,14 +128,14 @@ def _details(rows: list[dict]) -> list[str]:
     for row in rows:
         edge = f" (grid ends at {row['on_edge']})" if row["on_edge"] else ""
         cells = [row["method"], f"{row['ratio']:g}", row["coefficients"] + edge]
-        cells += [f"{row['n']} ({_numbers(row['seeds'])})", _percent(row, "dense"), _percent(row, "top1")]
+        cells += [f"{row['n']} ({_numbers(row['seeds'])})", _percent(row, "dense"), _top1(row)]
         cells += [f"{row['compression']:.1f}", f"{row['speedup']:.1f}", f"{row['seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def tuned(study: Study, out: Path) -> dict[str, dict[str, dict[float, float]]]:
-    """Return the held-out top-1 of every configuration by method, name and ratio; empty where it diverged."""
+    """Return the held-out top-1 of every configuration by method, name and ratio, without what diverged."""
     return {m: {c.name: held_out_accuracy(study, out, c) for c in study.of_method(m)} for m in study.methods}
 
 
@@ -129,21 +145,33 @@ def _tuning(study: Study, found: dict[str, dict[str, dict[float, float]]]) -> li
     lines.append("|---" * (len(study.percent) + 3) + "|")
     for method, configs in found.items():
         for name, accuracy in configs.items():
-            cells = [f"{value:.2f}" for value in accuracy.values()] or ["diverged or not run"]
+            cells = [f"{accuracy[ratio]:.2f}" if ratio in accuracy else "" for ratio in (0.0, *study.percent)]
+            cells = cells if accuracy else ["diverged or not run"]
             lines.append(f"| {method} | {name} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def held_out_points(study: Study, out: Path) -> dict[str, list[tuple[float, float]]]:
-    """Return every tuned run at every ratio, and before pruning: multiply-adds left as a fraction, and top-1."""
+    """Return every tuned run at every ratio, and dense: multiply-adds left as a fraction, and top-1."""
     points: dict[str, list[tuple[float, float]]] = {method: [] for method in study.methods}
-    for config in study.configs:
-        for seed in study.tune_seeds:
-            report = read_json(run_folder(out, config, seed) / "val" / "prune.json")
-            if report is not None:
-                pruned = [(r["macs_nonzero"] / r["macs_dense"], r["after"]["top1"]) for r in report["results"]]
-                points[config.method] += [(1.0, report["before"]["top1"]), *pruned]
+    for job in tuning_jobs(study, out, ""):
+        report = read_json(job.measurement("global") / "prune.json")
+        if report is not None:
+            dense = [(1.0, report["before"]["top1"])] if job.config.ratio is None else []
+            pruned = [(r["macs_nonzero"] / r["macs_dense"], r["after"]["top1"]) for r in report["results"]]
+            points[job.config.method] += [*dense, *pruned]
     return points
+
+
+def tried(study: Study, out: Path) -> dict[str, list[int]]:
+    """Return how many configurations of each method were trained, diverged ones too, at the ratios in turn."""
+    jobs = [job for job in tuning_jobs(study, out, "") if job.done]
+    counts = {}
+    for method in study.methods:
+        own = [(job.config, ratio) for job in jobs if job.config.method == method for ratio in job.percent]
+        whole = [ratio for (_, ratio), seeds in Counter(own).items() if seeds == len(study.tune_seeds)]
+        counts[method] = [whole.count(ratio) for ratio in study.percent]
+    return counts
 
 
 def _numbers(values: Iterable[float]) -> str:
@@ -160,12 +188,19 @@ def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
         "Top-1 in percent after pruning this fraction of the weights once, mean ± standard deviation over the seeds.",
         f"Coefficients were chosen with seed {_numbers(study.tune_seeds)} on held-out training images"
         + (f"; on the test images n = {len(seeds)} (seeds {_numbers(seeds)}){fewer}." if seeds else "."),
+        f"Configurations tried for each ratio: {_counts(study, out)}.",
         f"{len(seconds)} runs were trained, in {duration(sum(seconds))} taken together, evaluation included.",
     ]
     failed = sorted({f"{row['method']} {row['coefficients']}, seed {seed}" for row in rows for seed in _failed(row)})
     if failed:
         lines.append(f"Failed to learn (less than half the best top-1 before pruning): {'; '.join(failed)}.")
     return [*lines, ""]
+
+
+def _counts(study: Study, out: Path) -> str:
+    """Say how many configurations each method had, from the ratio with the fewest to that with the most."""
+    spans = {m: " to ".join(map(str, dict.fromkeys((min(n), max(n))))) for m, n in tried(study, out).items()}
+    return ", ".join(f"{method} {span}" for method, span in spans.items())
 
 
 def _failed(row: dict) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,29 +14,10 @@ from utils.halo.pruning import SCHEMES
 from utils.options import OptionError
 from utils.run import read_json
 from utils.studies.checks import check_content
+from utils.studies.methods import Config, configs_of
 from utils.training.data import datasets_of
 
 KEYS = ("title", "options", "percent", "tune_seeds", "seeds", "methods", "controls")
-
-
-@dataclass(frozen=True)
-class Config:
-    """One method with one choice of its coefficients."""
-
-    method: str
-    penalty: str
-    coefficients: tuple[tuple[str, float], ...]
-
-    @property
-    def name(self) -> str:
-        """The name of its folder, such as "xi0.0001_psi0.0001"."""
-        return "_".join(f"{key}{value:g}" for key, value in self.coefficients) or "plain"
-
-    @property
-    def flags(self) -> list[str]:
-        """Its part of the command line."""
-        flags = [] if self.penalty == "none" else [f"--{self.penalty}"]
-        return flags + [part for key, value in self.coefficients for part in (f"--{key}", f"{value:g}")]
 
 
 @dataclass(frozen=True)
@@ -83,16 +63,6 @@ def _command_line(chosen: dict) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def _configs(methods: dict) -> tuple[Config, ...]:
-    configs = []
-    for method, choice in methods.items():
-        grids = choice.get("grid", {})
-        for grid in [grids] if isinstance(grids, dict) else grids:
-            for values in itertools.product(*grid.values()):
-                configs.append(Config(method, choice["penalty"], tuple(zip(grid, map(float, values), strict=True))))
-    return tuple(dict.fromkeys(configs))  # grids may overlap
-
-
 def load_study(path: str | Path) -> Study:
     """Read a study file (JSON); results/studies/README.md describes it.
 
@@ -115,21 +85,35 @@ def load_study(path: str | Path) -> Study:
             percent=tuple(content["percent"]),
             tune_seeds=tuple(content["tune_seeds"]),
             seeds=tuple(content["seeds"]),
-            configs=_configs(content["methods"]),
+            configs=configs_of(content["methods"]),
             controls=tuple(content["controls"]),
         )
         unknown = [method for method in study.controls if method not in study.methods]
         if unknown:
             raise ValueError(f"'controls' names {unknown[0]!r}, which is no method")
-        for config in study.configs:
-            arguments = training_arguments(study, config, seed=1, folder=Path("unused"), data="data")
-            if not arguments.val_split:
-                raise ValueError("'options' lacks val_split: without held-out images nothing can be chosen")
+        _check_options(study)
     except FileNotFoundError as error:
         raise ValueError(f"no study file {path}: python reproduce.py --list shows those there are") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no study file: {error}; correct the file") from error
     return study
+
+
+def _check_options(study: Study) -> None:
+    """Raise unless each choice of each method makes runs that can be begun, all different."""
+    cuts: dict[tuple, Config] = {}
+    for config in study.configs:
+        for run in filter(None, (config.before, config.at(study.percent[0]))):
+            arguments = training_arguments(study, run, seed=1, folder=Path("unused"), data="data")
+            if not arguments.val_split:
+                raise ValueError("'options' lacks val_split: without held-out images nothing can be chosen")
+        if config.before:
+            others = tuple(pair for pair in config.coefficients if pair[0] != "share")
+            twin = cuts.setdefault((config.method, others, arguments.epochs), config)
+            if twin != config:
+                raise ValueError(
+                    f"{config.method} {twin.name} and {config.name} cut after the same epoch: leave one out"
+                )
 
 
 class _Parser(options.Parser):
@@ -168,6 +152,7 @@ def training_arguments(study: Study, config: Config, *, seed: int, folder: Path,
     options.add_run(parser)
     own = ["--data", data, "--save_dir", str(folder / "run"), "--seed", str(seed), "--no_test"]
     args = parser.parse_args([*study.options, *config.flags, *own])
+    config.take_part(args)
     checkpoint = folder / "run" / "checkpoint.pth.tar"
     args.resume = str(checkpoint) if checkpoint.exists() else None
     args.overwrite = args.resume is None  # the numbers of a run whose network was deleted, which is trained again
@@ -176,20 +161,21 @@ def training_arguments(study: Study, config: Config, *, seed: int, folder: Path,
 
 
 def pruning_arguments(
-    training: argparse.Namespace, *, percent: tuple[float, ...], scheme: str, images: str, folder: Path
+    training: argparse.Namespace, *, percent: tuple[float, ...], of: str, scheme: str, images: str, folder: Path
 ) -> argparse.Namespace:
     """Return the options of pruning one trained run.
 
     Args:
         training: the options of the run.
         percent: the fractions to remove.
+        of: "nonzero" weights, or "all", where zeros that are there count.
         scheme: what to remove; a key of utils.halo.pruning.SCHEMES.
         images: "val" to measure on the held-out images, "test" on the test images.
         folder: where to write.
     """
     values = {name: getattr(training, name) for name in ("dataset", "data", "test_batch", "arch", "depth", "seed")}
     values |= {"val_split": training.val_split if images == "val" else 0, "device": training.device}
-    values |= {"percent": list(percent), "scheme": scheme, "of": "nonzero", "recalibrate_bn": 0, "overwrite": True}
+    values |= {"percent": list(percent), "scheme": scheme, "of": of, "recalibrate_bn": 0, "overwrite": True}
     checkpoint = Path(training.save_dir) / "final.pth.tar"
     return argparse.Namespace(**values, resume=str(checkpoint), save_dir=str(folder))
 
@@ -211,24 +197,31 @@ def run_folder(out: Path, config: Config, seed: int) -> Path:
 
 
 def held_out_accuracy(study: Study, out: Path, config: Config) -> dict[float, float]:
-    """Return the mean top-1 on the held-out images over the tuning seeds, by ratio; empty if a run diverged."""
-    runs = [read_accuracies(run_folder(out, config, seed) / "val" / "prune.json") for seed in study.tune_seeds]
-    if not all(runs):
-        return {}
-    return {ratio: mean(run[ratio] for run in runs) for ratio in (0.0, *study.percent)}
+    """Return the mean top-1 on the held-out images over the tuning seeds, by ratio.
+
+    0 is the network before pruning, where one run serves all ratios. Ratios of which a run diverged are left out.
+    """
+    found: dict[float, float] = {}
+    for run, ratios in config.runs(study.percent).items():
+        seeds = [read_accuracies(run_folder(out, run, seed) / "val" / "prune.json") for seed in study.tune_seeds]
+        if all(seeds):
+            own = (0.0, *ratios) if run.ratio is None else ratios
+            found |= {ratio: mean(accuracies[ratio] for accuracies in seeds) for ratio in own}
+    return found
 
 
 def choose(study: Study, out: Path) -> dict[str, dict[float, Config]]:
-    """Return for each method and ratio the configuration that is best on the held-out images (the first of equals).
+    """Return for each method and ratio the run that is best on the held-out images (the first of equals).
 
-    A method of which every run diverged has none.
+    A method, or a ratio, of which every run diverged has none.
     """
     chosen: dict[str, dict[float, Config]] = {}
     for method in study.methods:
         accuracies = {config: held_out_accuracy(study, out, config) for config in study.of_method(method)}
-        accuracies = {config: values for config, values in accuracies.items() if values}
-        if accuracies:
-            chosen[method] = {r: max(accuracies, key=lambda c: accuracies[c][r]) for r in study.percent}
+        for ratio in study.percent:
+            there = {config: values[ratio] for config, values in accuracies.items() if ratio in values}
+            if there:
+                chosen.setdefault(method, {})[ratio] = max(there, key=there.get).at(ratio)
     return chosen
 
 
