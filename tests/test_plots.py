@@ -93,6 +93,7 @@ def test_methods_differ_in_greyscale_and_for_colour_blind_readers():
         ("runs/mcp_seed1/pruned/prune.json", "MCP"),
         ("ws_1e-4", "SWS"),
         ("fine-tuned", "prune + fine-tune"),
+        *((f"{name}+finetune", f"{name} + fine-tune") for name in ("prune", "L1", "HALO")),
         ("lam averaged per layer", None),
     ],
 )

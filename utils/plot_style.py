@@ -17,7 +17,7 @@ from utils.files.atomic import atomic_write
 
 DARK, LIGHT, MIDDLE = "#1f3b73", "#e08a1e", "#5c9ead"  # dark, light and between, in greyscale too
 
-# Eight steps of lightness, 7 or more apart (CIE L*), so that a greyscale print tells them apart; the hues stay apart
+# Nine steps of lightness, 7 or more apart (CIE L*), so that a greyscale print tells them apart; the hues stay apart
 # for readers who do not see red or green; and every method has its own marker.
 METHODS = {
     "none": ("#979797", "o"),
@@ -27,11 +27,12 @@ METHODS = {
     "HALO": ("#12277b", "v"),
     "GMP": ("#044f2a", "P"),
     "prune + fine-tune": ("#7c6d0e", "X"),
+    "L1 + fine-tune": ("#3b1200", "p"),
     "HALO + fine-tune": ("#a3c6f8", "*"),
 }
 WORDS = {"none": "none", "l1": "L1", "ws": "SWS", "sws": "SWS", "mcp": "MCP", "halo": "HALO", "gmp": "GMP"}
 SPARE_COLOURS = ("#000000", "#d4b95e", "#6d6d6d")
-SPARE_MARKERS = ("<", ">", "p", "d", "h", "8")
+SPARE_MARKERS = ("<", ">", "d", "h", "8")
 LINES = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 
 
@@ -55,7 +56,7 @@ def method_of(label: str) -> str | None:
     words = re.split(r"[^a-z0-9]+", text.replace("no penalty", "none"))
     named = next((WORDS[word] for word in words if word in WORDS), None)
     if re.search(r"fine[-_ ]?tun", text):
-        return "HALO + fine-tune" if named == "HALO" else "prune + fine-tune"
+        return f"{named} + fine-tune" if named in ("HALO", "L1") else "prune + fine-tune"
     return named
 
 
