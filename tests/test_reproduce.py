@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from conftest import ROOT
 import reproduce
 from utils.logger import duration
 from utils.run import portable_path
+from utils.studies.jobs import jobs_before, tuning_jobs
 from utils.studies.progress import committed_seconds, to_come
 from utils.studies.study import choose, load_study, on_edge, read_accuracies, run_folder
 
@@ -156,9 +156,12 @@ def test_what_is_left_agrees_with_what_is_run(done, tmp_path, capsys):
 def test_committed_measurements_give_an_estimate(capsys, tmp_path):
     run("mnist_lenet300", "--out", tmp_path / "out", "--jobs", 1, "--dry_run")
     said = capsys.readouterr().out
-    seconds = committed_seconds(load_study(ROOT / "results" / "studies" / "mnist_lenet300.json"))
-    runs = int(re.search(r"(\d+) to train", said)[1])
-    assert 1 < seconds < 1000 and f"about {duration(runs * seconds)}, by the runs of results/replication" in said
+    study = load_study(ROOT / "results" / "studies" / "mnist_lenet300.json")
+    jobs, seconds = tuning_jobs(study, tmp_path / "out", "data"), committed_seconds(study)
+    jobs += jobs_before(jobs)
+    assert f" {len(jobs)} to train" in said and 1 < seconds < 1000
+    whole = sum(job.config.part for job in jobs)  # a run up to the cut, or from there on, takes its part of the time
+    assert whole < len(jobs) and f"about {duration(whole * seconds)}, by the runs of results/replication" in said
 
 
 def test_more_seeds_add_runs(done, tmp_path):
