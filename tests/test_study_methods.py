@@ -173,6 +173,16 @@ def test_part_of_a_grid_is_said_to_be_one(done, tmp_path):
     assert "GMP 1 to 2, HALO+GMP 1," in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_a_method_may_be_trained_for_some_of_the_ratios(done, tmp_path):
+    _, out, _ = done
+    methods = METHODS | {"GMP": METHODS["GMP"] | {"percent": [0.95]}}
+    study = load_study(write_study(tmp_path, methods={key: methods[key] for key in ("L1", "GMP")}))
+    jobs = [job for job in tuning_jobs(study, out, "data") if job.config.method == "GMP"]
+    assert [job.percent for job in jobs] == [(0.95,), (0.95,)]
+    assert tried(study, out)["GMP"] == [2] and list(choose(study, out)["GMP"]) == [0.95]
+    assert to_come(study, tmp_path / "nothing") == (2, 2)  # seed 2 of L1 and of GMP
+
+
 @pytest.mark.parametrize(("method", "epoch"), [("GMP", 1), ("HALO+finetune", 0), ("HALO+finetune", 1)])
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(done, tmp_path, monkeypatch, method, epoch):
     path, out, _ = done
@@ -262,6 +272,9 @@ def method(**choice):
         (method(gmp=True, penalty="lasso"), "--lasso"),
         (method(gmp=True) | {"percent": [0, 0.5]}, "'percent' is 0"),
         (method(gmp=True) | {"controls": ["new"]}, "'controls' is 'new'"),
+        (method(penalty="l1", percent=[0.5]), 'with "gmp"'),
+        (method(gmp=True, percent=[0.6]), "'percent' of new is [0.6]"),
+        (method(gmp=True, percent=[]), "'percent' of new"),
         (method(finetune={}), "share"),
         (method(finetune=True), "share"),
         (method(finetune=[]), "'finetune' of new"),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from utils.studies.methods import as_list, joined
 
 MOST_CONFIGS = 10_000  # of one method; a grid beyond it is a slip, and merely listing it would take minutes
-KEYS_OF_A_METHOD = ("penalty", "grid", "gmp", "finetune")
+KEYS_OF_A_METHOD = ("penalty", "grid", "gmp", "finetune", "percent")
 NAME = re.compile(r"[A-Za-z0-9][\w .+-]*")  # of a method, which becomes a folder
 OF_THE_RUNNER = ("save_dir", "seed", "resume", "overwrite", "data", "no_test")  # reproduce.py gives these itself
 OF_THE_RUNNER += ("start", "mask", "gmp", "gmp_epochs")  # as the methods say
@@ -152,6 +152,11 @@ def check_content(content: dict) -> None:
         _refuse("'percent'", 0, f"the runs of {own[0]} have zeros; give ratios above 0")
     if not isinstance(content["controls"], list):
         _refuse("'controls'", content["controls"], "give a list of methods, [] for none")
+    for method, choice in content["methods"].items():
+        if "percent" in choice:
+            check_numbers(f"'percent' of {method}", choice["percent"], low=0, high=1)
+            if method not in own or not set(choice["percent"]) <= set(content["percent"]):
+                _refuse(f"'percent' of {method}", choice["percent"], 'some of the study\'s, with "gmp" or "finetune"')
     for method in content["controls"]:
         if method in own:
             _refuse("'controls'", method, "its zeros are there before it could be pruned otherwise; leave it out")

@@ -24,6 +24,7 @@ class Config:
         kind: when zeros come: "once" after training, with "gmp" during it, with "finetune" in between. "uncut" is the
             first part of a run with `finetune`, which all ratios and all that may follow it share.
         ratio: the fraction of zeros that the run is trained for; None for a whole method, or one run for all ratios.
+        percent: the ratios that the method is trained for; none for all of the study's.
     """
 
     method: str
@@ -31,6 +32,7 @@ class Config:
     coefficients: tuple[tuple[str, float], ...]
     kind: str = "once"
     ratio: float | None = None
+    percent: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -44,7 +46,9 @@ class Config:
 
     def runs(self, percent: tuple[float, ...]) -> dict[Config, tuple[float, ...]]:
         """Return the runs that are measured at some ratios: one for all, or one each."""
-        return {self: percent} if self.kind == "once" else {self.at(ratio): (ratio,) for ratio in percent}
+        if self.kind == "once":
+            return {self: percent}
+        return {self.at(ratio): (ratio,) for ratio in percent if ratio in (self.percent or percent)}
 
     @property
     def before(self) -> Config | None:
@@ -111,9 +115,10 @@ def configs_of(methods: Mapping) -> tuple[Config, ...]:
     configs = []
     for method, choice in methods.items():
         kind = next((key for key in ("gmp", "finetune") if key in choice), "once")
+        own = {"kind": kind, "percent": tuple(choice.get("percent", ()))}
         for pair in itertools.product(as_list(choice.get("grid", {})), as_list(choice.get("finetune", {}))):
             grid = joined(*pair) if kind == "finetune" else pair[0]
             for values in itertools.product(*grid.values()):
                 coefficients = tuple(zip(grid, map(float, values), strict=True))
-                configs.append(Config(method, choice.get("penalty", "none"), coefficients, kind))
+                configs.append(Config(method, choice.get("penalty", "none"), coefficients, **own))
     return tuple(dict.fromkeys(configs))  # grids may overlap

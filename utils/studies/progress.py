@@ -54,7 +54,7 @@ def _before_tuning(study: Study, out: Path) -> tuple[int, int]:
     def left(runs: Iterable[Config]) -> list[int]:
         return sorted(sum(is_to_train(study, out, run, seed) for seed in study.seeds) for run in runs)
 
-    ratios = study.percent
+    ratios = [ratio for own in study.configs[0].runs(study.percent).values() for ratio in own]
     if study.configs[0].kind == "once":
         each = left(study.configs)
         return each[0], sum(each[-len(ratios) :])

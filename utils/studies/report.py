@@ -164,13 +164,14 @@ def held_out_points(study: Study, out: Path) -> dict[str, list[tuple[float, floa
 
 
 def tried(study: Study, out: Path) -> dict[str, list[int]]:
-    """Return how many configurations of each method were trained, diverged ones too, at the ratios in turn."""
+    """Return how many configurations of each method were trained, diverged ones too, at its ratios in turn."""
     jobs = [job for job in tuning_jobs(study, out, "") if job.done]
     counts = {}
     for method in study.methods:
         own = [(job.config, ratio) for job in jobs if job.config.method == method for ratio in job.percent]
         whole = [ratio for (_, ratio), seeds in Counter(own).items() if seeds == len(study.tune_seeds)]
-        counts[method] = [whole.count(ratio) for ratio in study.percent]
+        asked = study.of_method(method)[0].runs(study.percent).values()
+        counts[method] = [whole.count(ratio) for ratios in asked for ratio in ratios]
     return counts
 
 
