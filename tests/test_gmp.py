@@ -1,5 +1,7 @@
 """Gradual magnitude pruning: the paper's schedule and algorithm, exact counts, and runs that are stopped and shared."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,8 +97,8 @@ def test_numbers_out_of_range_are_refused(wrong):
         GradualPruning({"w": w}, optimizer=torch.optim.SGD([w], 1), **({"sparsity": 0.5, "begin": 0, "end": 9} | wrong))
 
 
-def stop_after(monkeypatch, epochs, *options):
-    """Run, and press Ctrl-C in the epoch after."""
+def stop_after(monkeypatch, epochs, train):
+    """Call what trains, and press Ctrl-C in the epoch after."""
     original = experiment_module.run_epoch
 
     def until(run):
@@ -106,7 +108,7 @@ def stop_after(monkeypatch, epochs, *options):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(experiment_module, "run_epoch", until)
-        lenet(*options)
+        train()
 
 
 @pytest.mark.parametrize("penalty", [[], ["--halo", "--xi", 1e-4, "--psi", 1e-4]])
@@ -114,7 +116,7 @@ def test_a_stopped_run_is_the_same_and_ends_with_the_exact_count(tmp_path, monke
     """Stopped between the first mask and the last; --gmp_epochs need not be given again."""
     options = [*GMP, *penalty, "--epochs", 4]
     lenet(*options, *EPOCHS, "--save_dir", tmp_path / "straight")
-    stop_after(monkeypatch, 2, *options, *EPOCHS, "--save_dir", tmp_path / "halves")
+    stop_after(monkeypatch, 2, partial(lenet, *options, *EPOCHS, "--save_dir", tmp_path / "halves"))
     checkpoint = tmp_path / "halves" / "checkpoint.pth.tar"
     assert load_checkpoint(checkpoint)["zeros"]["aside"]
     lenet(*options, "--save_dir", tmp_path / "halves", "--resume", checkpoint)

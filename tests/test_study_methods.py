@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_cifar import assert_equal_runs
 from test_cifar import rows as log_rows
+from test_gmp import stop_after
 from test_reproduce import STUDY, run
 
 import reproduce
@@ -16,7 +17,6 @@ from utils.studies.jobs import final_jobs, jobs_before, run_job, tuning_jobs
 from utils.studies.progress import Progress, to_come
 from utils.studies.report import tried, write_report
 from utils.studies.study import choose, held_out_accuracy, load_study, on_edge, training_arguments
-from utils.training import experiment as experiment_module
 
 TOTAL = 266_200
 METHODS = {
@@ -190,16 +190,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(done, tmp_path, monkeypatch, 
     study = load_study(path)
     (job,) = [job for job in tuning_jobs(study, tmp_path / "out", "data") if job.config.method == method][3:]
     shutil.rmtree(job.folder)
-    original = experiment_module.run_epoch
-
-    def until(experiment):
-        if experiment.epoch == epoch:
-            raise KeyboardInterrupt
-        return original(experiment)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(experiment_module, "run_epoch", until)
-        run_job(job)
+    stop_after(monkeypatch, epoch, lambda: run_job(job))
     if job.before:  # the rest does not need it
         shutil.rmtree(job.before.folder)
         shutil.rmtree(job.folder / "cut")
