@@ -150,6 +150,7 @@ def test_the_table_has_them_beside_the_others_and_counts_configurations(done):
     path, out, _ = done
     text = (out / "table.md").read_text()
     assert "Configurations tried for each ratio: L1 1, GMP 2, HALO+GMP 1, HALO+finetune 2, L1+finetune 2." in text
+    assert "\nGMP, HALO+GMP, HALO+finetune, L1+finetune have their zeros before training ends" in text
     with open(out / "table.csv", newline="") as file:
         found = {(row["method"], row["ratio"]): row for row in csv.DictReader(file)}
     assert set(found) == {(m, r) for m in METHODS if m != "L1+finetune" for r in ("0.5", "0.95")}

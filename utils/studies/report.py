@@ -192,6 +192,10 @@ def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
         f"Configurations tried for each ratio: {_counts(study, out)}.",
         f"{len(seconds)} runs were trained, in {duration(sum(seconds))} taken together, evaluation included.",
     ]
+    own = [method for method in study.methods if study.of_method(method)[0].kind != "once"]
+    if own:
+        text = "have their zeros before training ends, each ratio in a run of its own with as many epochs in all"
+        lines.append(f"{', '.join(own)} {text}.")
     failed = sorted({f"{row['method']} {row['coefficients']}, seed {seed}" for row in rows for seed in _failed(row)})
     if failed:
         lines.append(f"Failed to learn (less than half the best top-1 before pruning): {'; '.join(failed)}.")
