@@ -173,6 +173,15 @@ def study_rows():
     ]
 
 
+def test_the_title_speaks_of_a_ratio_at_which_every_method_was_measured(figure):
+    learned = [r for r in study_rows() if r["method"] != "MCP"]
+    rows = [*learned, row("GMP", 0.95, [98, 98.1, 98.2]), row("GMP", 0.98, [99, 99.1, 99.2])]
+    assert "at 0.98 removed, GMP keeps most: 99.10%" in figure(plot_study, rows, title="All")._suptitle.get_text()
+    assert "at 0.995 removed" in figure(plot_study, learned, title="All")._suptitle.get_text()
+    apart = [row("a", 0.5, [98, 98.1]), row("b", 0.9, [97, 97.1])]
+    assert "at 0.9 removed, b has" in figure(plot_study, apart, title="None")._suptitle.get_text()
+
+
 def test_study_draws_seeds_where_they_belong_and_the_close_up_holds_the_title(figure):
     rows = study_rows()
     drawn = figure(plot_study, rows, title="What survives?")

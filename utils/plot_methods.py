@@ -98,6 +98,13 @@ def _region(ratios: Sequence[float], ratio: float) -> list[float]:
     return pruned[max(0, index - 3) : index + 2]
 
 
+def _comparable(rows: Sequence[Mapping]) -> float:
+    """Return the highest ratio at which every method was measured: at another the best may be missing."""
+    methods = {row["method"] for row in rows}
+    ratios = {ratio: {row["method"] for row in rows if row["ratio"] == ratio} for ratio in {r["ratio"] for r in rows}}
+    return max((ratio for ratio, here in ratios.items() if here == methods), default=max(ratios))
+
+
 def _close_up_limits(rows: Sequence[Mapping], region: Sequence[float]) -> tuple[float, float]:
     """Return limits that hold, whole, the marks within NEAR points of the best at one of the region's ratios."""
     shown: list[float] = []
@@ -132,11 +139,11 @@ def plot_study(
             seed; both may be missing), as from `utils.studies.report.final_rows`.
         path: PNG to write.
         title: what the study asks.
-        ratio: that the title speaks of (default: the highest).
+        ratio: that the title speaks of (default: the highest at which every method has a row, else the highest).
         images: which images the accuracy was measured on, for the label.
     """
     ratios, methods = sorted({r["ratio"] for r in rows}), list(dict.fromkeys(r["method"] for r in rows))
-    ratio = ratios[-1] if ratio is None else ratio
+    ratio = _comparable(rows) if ratio is None else ratio
     region, look = _region(ratios, ratio), looks(methods)
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     whole, close = figure.subplots(1, 2)
