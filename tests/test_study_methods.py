@@ -134,7 +134,7 @@ def test_what_diverges_before_the_cut_is_never_chosen(done):
     assert "| L1+finetune | xi1e+30_share0.5 | diverged" in (out / "table.md").read_text()
 
 
-def test_the_choice_is_made_for_each_ratio(done):
+def test_the_choice_is_made_for_each_ratio(done, tmp_path):
     path, out, _ = done
     study = load_study(path)
     for method, of_ratio in choose(study, out).items():
@@ -143,7 +143,11 @@ def test_the_choice_is_made_for_each_ratio(done):
             assert config.ratio == (None if method == "L1" else ratio)
             report = json.loads((out / method / config.name / "seed1/val/prune.json").read_text())
             assert next(r for r in report["results"] if r["asked"] == ratio)["after"]["top1"] == best
-    assert on_edge(study, choose(study, out)["GMP"][0.95]) == ["B"]
+    chosen = choose(study, out)["GMP"][0.95]
+    assert on_edge(study, chosen) == on_edge(study, chosen, out) == ["B"]
+    wider = METHODS | {"GMP": {"gmp": True, "grid": {"lr": [0.05], "A": [0.5], "B": [1, 2, 3, 4]}}}
+    wider = load_study(write_study(tmp_path, methods=wider))
+    assert on_edge(wider, chosen) == [] and on_edge(wider, chosen, out) == ["B"]  # what is not run is no neighbour
 
 
 def test_the_table_has_them_beside_the_others_and_counts_configurations(done):

@@ -36,7 +36,7 @@ def final_rows(study: Study, out: Path, *, scheme: str = "global") -> list[dict]
             if runs:
                 found[method, ratio] = config, runs
     best = max((run["dense"] for _, runs in found.values() for run in runs), default=0.0)
-    return [_row(study, method, ratio, *of, best=best) for (method, ratio), of in found.items()]
+    return [_row(study, out, method, ratio, *of, best=best) for (method, ratio), of in found.items()]
 
 
 def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float) -> dict | None:
@@ -61,7 +61,7 @@ def _seconds_before(out: Path, config: Config, seed: int) -> float:
     return read_json(run_folder(out, config.before, seed) / "run" / "summary.json")["seconds"] if config.before else 0.0
 
 
-def _row(study: Study, method: str, ratio: float, config: Config, runs: list[dict], *, best: float) -> dict:
+def _row(study: Study, out: Path, method: str, ratio: float, config: Config, runs: list[dict], *, best: float) -> dict:
     def spread(key: str) -> float | str:
         return stdev(run[key] for run in runs) if len(runs) > 1 else ""
 
@@ -71,7 +71,7 @@ def _row(study: Study, method: str, ratio: float, config: Config, runs: list[dic
         "method": method,
         "ratio": ratio,
         "coefficients": " ".join(f"{key}={value:g}" for key, value in config.coefficients),
-        "on_edge": " ".join(on_edge(study, config)),
+        "on_edge": " ".join(on_edge(study, config, out)),
         "n": len(runs),
         "top1_mean": mean(run["top1"] for run in runs),
         "top1_std": spread("top1"),

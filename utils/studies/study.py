@@ -225,11 +225,23 @@ def choose(study: Study, out: Path) -> dict[str, dict[float, Config]]:
     return chosen
 
 
-def on_edge(study: Study, config: Config) -> list[str]:
-    """Return the coefficients at which the grid of the method ends, so that a better one may lie beyond."""
+def on_edge(study: Study, config: Config, out: Path | None = None) -> list[str]:
+    """Return the coefficients at which the grid of the method ends, so that a better one may lie beyond.
+
+    Args:
+        study: its definition.
+        config: a choice of coefficients.
+        out: folder of the outputs: what has not been run yet is left out of the grid.
+    """
+
+    def was_run(other: Config) -> bool:
+        folders = [run_folder(out, run, study.tune_seeds[0]) for run in other.runs((config.ratio or study.percent[0],))]
+        return any((folder / name).exists() for folder in folders for name in ("val/prune.json", "failed.json"))
+
+    grid = [dict(other.coefficients) for other in study.of_method(config.method) if out is None or was_run(other)]
     result = []
     for key, value in config.coefficients:
-        tried = {dict(other.coefficients)[key] for other in study.of_method(config.method)}
+        tried = {other[key] for other in grid}
         if len(tried) > 1 and value in (min(tried), max(tried)):
             result.append(key)
     return result
