@@ -16,8 +16,7 @@ from utils.files.lock import LockedError, folder_lock
 
 def write_lock(folder, **changes):
     """Leave a lock of this process, or with other contents, as somebody else's."""
-    mine = {"host": lock.socket.gethostname(), "process": os.getpid(), "started": lock.started(os.getpid())}
-    (folder / ".lock").write_text(json.dumps(mine | changes))
+    (folder / ".lock").write_text(json.dumps(lock.myself() | changes))
 
 
 def test_a_second_holder_is_refused_and_the_folder_is_free_afterwards(tmp_path):
@@ -79,7 +78,7 @@ def test_a_process_number_that_is_used_again_does_not_count(tmp_path):
 
 @pytest.mark.parametrize(("age", "held"), [(0, True), (lock.STALE + 1, False)])
 def test_a_holder_on_another_machine_counts_while_it_shows_life(tmp_path, age, held):
-    write_lock(tmp_path, host="elsewhere")
+    write_lock(tmp_path, host="elsewhere", machine="another")
     os.utime(tmp_path / ".lock", (time.time() - age,) * 2)
     if held:
         with pytest.raises(LockedError, match="elsewhere"), folder_lock(tmp_path):
@@ -97,6 +96,34 @@ def test_a_holder_shows_life(tmp_path, monkeypatch):
         while (tmp_path / ".lock").stat().st_mtime == 0 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert (tmp_path / ".lock").stat().st_mtime > 0
+
+
+def test_who_was_taken_over_notices_and_leaves_the_other_lock(tmp_path):
+    with folder_lock(tmp_path) as mine:
+        mine.require()
+        write_lock(tmp_path, taken="by another")
+        with pytest.raises(LockedError, match="taken over"):
+            mine.require()
+    assert json.loads((tmp_path / ".lock").read_text())["taken"] == "by another"
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more(images, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def epoch(run):
+        write_lock(folder, taken="by another")
+        return {}
+
+    monkeypatch.setattr("utils.training.experiment.run_epoch", epoch)
+    with pytest.raises(LockedError, match="taken over"):
+        train("-d", "folder", "--data", images, *TINY, "--save_dir", folder)
+    assert not (folder / "final.pth.tar").exists() and not (folder / "log.csv").read_text()
+
+
+def test_the_age_of_a_lock_does_not_go_by_the_clock_of_this_machine(tmp_path, monkeypatch):
+    write_lock(tmp_path, host="elsewhere", machine="another")
+    monkeypatch.setattr(lock.time, "time", lambda: 1e12)
+    assert lock.holder_of(tmp_path / ".lock")["host"] == "elsewhere"
 
 
 @pytest.mark.parametrize(("age", "held"), [(0, True), (lock.BEAT + 1, False)])

@@ -21,7 +21,7 @@ import torch
 
 from utils.distributed import is_main, processes
 from utils.files.atomic import atomic_write, write_text
-from utils.files.lock import folder_lock
+from utils.files.lock import Lock, folder_lock
 from utils.logger import show_warnings_as_notes
 from utils.options import OptionError
 
@@ -160,8 +160,10 @@ def prepare_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None
 
 
 @contextmanager
-def run_folder(args: argparse.Namespace) -> Iterator[None]:
+def run_folder(args: argparse.Namespace) -> Iterator[Lock | None]:
     """Make the folder of a run and hold it for the length of the block; of several processes the first does.
+
+    Yields its lock; None in the other processes.
 
     Args:
         args: with `save_dir`, `resume`, `overwrite` and `evaluate`, which needs no folder.
@@ -172,13 +174,13 @@ def run_folder(args: argparse.Namespace) -> Iterator[None]:
         OSError: it cannot be made or written to.
     """
     if not is_main() or args.evaluate:
-        yield
+        yield None
         return
     folder = Path(args.save_dir)
     require_writable(folder, make=True)
-    with folder_lock(folder, remedy="choose another --save_dir"):
+    with folder_lock(folder, remedy="choose another --save_dir") as lock:
         prepare_folder(folder, resume=args.resume, overwrite=args.overwrite)
-        yield
+        yield lock
 
 
 def refuse_existing(paths: Iterable[Path], *, overwrite: bool, make_folder: bool = False) -> None:

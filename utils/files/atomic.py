@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         OSError: the file cannot be written; what `path` held before is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")  # nobody else's
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # nobody else's, on no machine
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -14,6 +14,7 @@ from torch import nn
 from models import build_model, check_own_network, takes_linear
 from utils.distributed import is_main, lost, main_first, process_group, processes, rank, replicate
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
+from utils.files.lock import Lock
 from utils.files.record import read_record
 from utils.halo.masks import FixedZeros
 from utils.halo.parameters import penalized_parameters
@@ -72,6 +73,7 @@ class Experiment:
             self.forward = CompiledNetwork(self.forward, batch_size=len(range(rank(), args.train_batch, processes())))
         self.optimizers, self.schedulers = make_optimizers(model, penalty, args)
         self.zeros: FixedZeros | None = None  # set by begin() or load_state()
+        self.lock: Lock | None = None  # of the folder, set by train()
 
     @property
     def epoch(self) -> int:
@@ -103,6 +105,7 @@ class Experiment:
             KeyboardInterrupt: Ctrl-C or a signal to end, with the command that continues.
             ConnectionError: another process of a distributed run ended; with the command that continues.
             ReplicasDifferError: lam is not the same in all processes.
+            LockedError: another process has taken the folder over; it is left alone.
             OSError: a file cannot be written; the last one written stays.
         """
         late = [epoch for epoch in self.args.schedule if epoch >= self.args.epochs]
@@ -123,6 +126,8 @@ class Experiment:
         try:
             row = self.run_epoch()
             with interrupt_later():
+                if self.lock:
+                    self.lock.require()
                 self.history.append(row)
                 save_state(self)
         except NonFiniteLossError as error:
@@ -152,7 +157,7 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
     if args.train_batch < processes():
         raise OptionError(f"--train_batch {args.train_batch} is shared by {processes()} processes: give at least that")
     generator = set_seed(args.seed)
-    with process_group(device), run_folder(args):
+    with process_group(device), run_folder(args) as lock:
         with main_first():
             state = load_checkpoint(args.resume) if args.resume else None
             data = loading.load_images(args, read_record(state, args.resume) if state else None)
@@ -161,7 +166,7 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
         check_own_network(args.arch, model, data.shape, len(data.classes))
         model.to(device, memory_format=loading.memory_format(args.arch, device))
         if not args.evaluate:
-            return train(args, data, model, state, device=device, generator=generator, kind=kind)
+            return train(args, data, model, state, device=device, generator=generator, kind=kind, lock=lock)
         result = loading.evaluate_checkpoint(args.resume, model, data, device, args=args)
         say(f"{args.resume}: test {result_text(result, classes=len(data.classes))}")
         return result
@@ -176,6 +181,7 @@ def train(
     device: torch.device,
     generator: torch.Generator,
     kind: Callable[..., Experiment] = Experiment,
+    lock: Lock | None = None,
 ) -> dict:
     """Train a network as the options say, from the start or from the state of a checkpoint; see Experiment.
 
@@ -189,6 +195,7 @@ def train(
     say(network_line(args, model, penalty))
     say(compute_line(args, penalty, device))
     experiment = kind(args, data, model, penalty, device=device, generator=generator)
+    experiment.lock = lock
     if state is not None:
         load_state(experiment, state, args.resume)
     else:
