@@ -2,6 +2,7 @@
 
     python reproduce.py mnist_lenet300 --data data --jobs 2     # results/studies/mnist_lenet300.json
     python reproduce.py mnist_lenet300 --dry_run                # what would run, and how long it would take
+    python reproduce.py mnist_lenet300 --out DIR --shard 1/4    # a quarter of it; the others on other machines
     python reproduce.py --list
 
 Stop it whenever you like: the same command goes on where it was. Leaves in --out (default runs/studies/<study>)
@@ -9,29 +10,25 @@ a folder for every run, chosen.json, table.md, table.csv, accuracy_vs_sparsity.p
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from utils import options
-from utils.files.lock import folder_lock
+from utils.files.lock import Lock, folder_lock
 from utils.logger import duration, say
 from utils.run import portable_path, require_writable, run_script
 from utils.studies.checks import check_numbers
-from utils.studies.jobs import (
-    Job,
-    final_jobs,
-    jobs_before,
-    require_same_options,
-    run_jobs,
-    save_choice,
-    tuning_jobs,
-)
-from utils.studies.progress import Progress, committed_seconds, to_come
+from utils.studies.cluster import cluster_workers
+from utils.studies.executors import Workers, cores, local_workers
+from utils.studies.phases import dry_run, run_shard, run_study
 from utils.studies.report import write_report
-from utils.studies.study import Study, load_study
+from utils.studies.shards import Shard, parse_shard, study_lock
+from utils.studies.study import load_study
 
 STUDIES = Path(__file__).resolve().parent / "results" / "studies"
 
@@ -44,6 +41,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry_run", action="store_true", help="say what would run and how long it would take")
     parser.add_argument("--seeds", type=options.whole(0), nargs="+", metavar="N", help="seeds (default: the study's)")
     parser.add_argument("--jobs", type=options.whole(1), metavar="N", help="runs at a time (default: one a core)")
+    text = "run the jobs on the workers of this Dask cluster (docs/many_machines.md)"
+    parser.add_argument("--scheduler", metavar="ADDRESS", help=text)
+    text = "do part I of N, the others elsewhere at the same time (docs/many_machines.md)"
+    parser.add_argument("--shard", metavar="I/N", help=text)
     parser.add_argument("--out", metavar="DIR", help="the outputs (default: runs/studies/<study>)")
     parser.add_argument("--data", default="data", metavar="DIR", help="folder that holds the images")
     return parser
@@ -66,34 +67,30 @@ def full_command(args: argparse.Namespace) -> str:
     return shlex.join(parts)
 
 
-def run_phase(jobs: list[Job], out: Path, *, processes: int, guess: float | None) -> None:
-    """Run what is not done of some jobs and of those before them, once it is clear that what is done is theirs."""
-    before = jobs_before(jobs)
-    for job in [*before, *jobs]:
-        require_same_options(job)
-    for some in (before, jobs):
-        progress = Progress(some, out, processes=processes, guess=guess)
-        for number, (job, seconds) in enumerate(run_jobs(progress.left, processes=processes), start=1):
-            progress.add(job, seconds, number)
-
-
-def dry_run(study: Study, out: Path, data: str, *, processes: int) -> dict:
-    """Say what would run; return the numbers of runs."""
-    guess = committed_seconds(study)
-    tuning, final = tuning_jobs(study, out, data), final_jobs(study, out, data)
-    tuning = Progress([*jobs_before(tuning), *tuning], out, processes=processes, guess=guess)
-    say(f"{study.name}: {study.title}")
-    count = f"{len(tuning.jobs)} runs, {len(tuning.left)} to do, {len(tuning.untrained)} to train"
-    say(f"tuning: {count}, {tuning.estimate()}")
-    final = Progress([*jobs_before(final), *final], out, processes=processes, guess=guess)
-    if tuning.left:
-        fewest, most = to_come(study, out)
-        count = f"{fewest} to {most}" if fewest < most else f"{most}"
-        say(f"then {count} more to train, with the chosen coefficients")
+@contextlib.contextmanager
+def workers_of(args: argparse.Namespace, lock: Lock) -> Iterator[Workers]:
+    """Have the jobs run where the options say, for the length of the block."""
+    if args.scheduler:
+        with cluster_workers(args.scheduler, lock=lock, data=args.data) as workers:
+            yield workers
     else:
-        count = f"{len(final.jobs)} runs, {len(final.left)} to do, {len(final.untrained)} to train"
-        say(f"chosen: {count}, {final.estimate()}")
-    return {"tuning": len(tuning.left), "final": None if tuning.left else len(final.left)}
+        with local_workers(args.jobs or cores()) as workers:
+            yield workers
+
+
+def check_places(args: argparse.Namespace) -> Shard | None:
+    """Make sure that the options which say where jobs run go together; return the part that --shard means.
+
+    Raises:
+        OptionError: they do not.
+    """
+    if args.scheduler:
+        for name in ("shard", "jobs", "dry_run"):
+            if getattr(args, name):
+                raise options.OptionError(
+                    f"--{name} does nothing with --scheduler, whose workers share all jobs: leave one out"
+                )
+    return parse_shard(args.shard) if args.shard else None
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -106,27 +103,33 @@ def main(args: argparse.Namespace) -> dict:
         return list_studies()
     if args.study is None:
         raise options.OptionError("name a study, such as mnist_lenet300; --list shows those there are")
+    shard = check_places(args)
     path = Path(args.study) if args.study.endswith(".json") else STUDIES / f"{args.study}.json"
     study = load_study(path)
     if args.seeds:
         check_numbers("--seeds", args.seeds, low=0, high=2**64 - 1, whole=True)
         study = dataclasses.replace(study, seeds=tuple(args.seeds))
     out = Path(args.out or f"runs/studies/{study.name}")
-    processes = args.jobs or os.cpu_count() or 1
     if args.dry_run:
-        return dry_run(study, out, args.data, processes=processes)
+        return dry_run(study, out, args.data, processes=args.jobs or cores(), shard=shard)
+    if args.scheduler:  # whose workers start in folders of their own
+        out, args.data = out.absolute(), os.path.abspath(args.data)
     require_writable(out, make=True)
     start = time.perf_counter()
-    guess = committed_seconds(study)
-    with folder_lock(out, remedy="choose another --out"):
+    with study_lock(out, shard) as lock:
+        stack = contextlib.ExitStack()
+        workers = stack.enter_context(workers_of(args, lock))
         try:
-            run_phase(tuning_jobs(study, out, args.data), out, processes=processes, guess=guess)
-            save_choice(study, out)
-            run_phase(final_jobs(study, out, args.data), out, processes=processes, guess=guess)
+            with stack:  # so that nothing is still written when the tables are
+                if shard:
+                    run_shard(study, out, args.data, workers, shard=shard)
+                else:
+                    run_study(study, out, args.data, workers)
         except KeyboardInterrupt as error:
             raise type(error)(f"stopped; the same command goes on, {out} holds what is done") from error
         finally:
-            rows = write_report(study, out, command=full_command(args))
+            with folder_lock(out, name=".report.lock", on_wait=say):  # so that the last part's is the last table
+                rows = write_report(study, out, command=full_command(args))
     say(f"{duration(time.perf_counter() - start)}; {out}/table.md, table.csv, accuracy_vs_sparsity.png, pareto.png")
     return rows
 

@@ -10,6 +10,8 @@ from conftest import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "mnist/mnist.py"]
 OF_OTHERS = {"--nproc_per_node", "--target", "--no-deps", "--help"}  # torchrun's and pip's, and argparse's own
+OF_OTHERS |= {"--array", "--cpus-per-task", "--time", "--dependency", "--ntasks", "--exact"}  # Slurm's
+OF_OTHERS |= {"--port", "--scheduler-file", "--nthreads"}  # Dask's
 
 
 def links(text: str) -> list[str]:

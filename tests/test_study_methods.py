@@ -13,6 +13,7 @@ from test_reproduce import STUDY, run
 
 import reproduce
 from utils.files.checkpoint import load_checkpoint
+from utils.studies import phases
 from utils.studies.jobs import final_jobs, jobs_before, run_job, tuning_jobs
 from utils.studies.progress import Progress, to_come
 from utils.studies.report import tried, write_report
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("no_figures", "here")
 def here():
     """Do the jobs of a study in this process: starting others takes longer than the runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reproduce, "run_jobs", lambda jobs, processes: ((job, run_job(job)) for job in jobs))
+        patch.setattr(phases, "run_jobs", lambda jobs, workers: ((job, run_job(job)) for job in jobs))
         yield
 
 

@@ -1,30 +1,23 @@
-"""The jobs of a study: train, prune, measure; side by side, skipping what is done, continuing what was stopped."""
+"""The jobs of a study: train, prune, measure; skipping what is done, continuing what was stopped."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
-import multiprocessing.connection
-import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
+from utils.files.lock import folder_lock, wait_for
+from utils.logger import say
 from utils.run import read_json, write_json
 from utils.stages.prune import prune_and_evaluate
 from utils.studies.methods import Config
 from utils.studies.study import CONTROLS, Study, choose, pruning_arguments, run_folder, training_arguments
 from utils.training.epoch import NonFiniteLossError
-from utils.training.experiment import train_or_evaluate
+from utils.training.experiment import Experiment, train_or_evaluate
 from utils.training.state import FREE_ON_RESUME, KEPT_ON_RESUME
 
 
@@ -108,13 +101,28 @@ def final_jobs(study: Study, out: Path, data: str) -> list[Job]:
     return sorted(jobs, key=lambda job: job.seed)  # so that a study that is cut short has some of each
 
 
-def run_job(job: Job) -> float:
-    """Do what is not done of a job; return the seconds it took. What it says goes to log.txt."""
-    start = time.perf_counter()
+def run_job(job: Job, *, kind: Callable[..., Experiment] = Experiment) -> float | None:
+    """Do what is not done of a job, alone in its folder. What it says goes to log.txt.
+
+    Args:
+        job: what to do; if another process is at it, that is waited for.
+        kind: makes the experiment, as in `utils.training.experiment.train_or_evaluate`.
+
+    Returns:
+        The seconds it took; None if whoever was waited for has done it.
+    """
     job.folder.mkdir(parents=True, exist_ok=True)
-    with open(job.folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(job.folder / "log.txt", "a"))
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
+        stack.enter_context(folder_lock(job.folder, on_wait=say))
+        wait_for(job.folder / "run", on_wait=say)  # of a lost machine: its last sign of life is another, or it is alone
+        start = time.perf_counter()
+        if job.done:
+            return None
         try:
-            training = train(job)
+            training = train(job, kind=kind)
             for scheme in job.schemes:
                 what = {"percent": job.percent, "scheme": scheme, "images": job.images}
                 measure(training, job.measurement(scheme), of="all" if job.config.ratio else "nonzero", **what)
@@ -123,13 +131,13 @@ def run_job(job: Job) -> float:
     return time.perf_counter() - start
 
 
-def train(job: Job) -> argparse.Namespace:
+def train(job: Job, *, kind: Callable[..., Experiment] = Experiment) -> argparse.Namespace:
     """Train the run unless it is trained (again if its network was deleted to save space); return its options."""
     args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
     if not job.trained:
         if job.before and not args.resume:
             args.start = args.mask = str(cut(job))
-        train_or_evaluate(args)
+        train_or_evaluate(args, kind=kind)
         shutil.rmtree(job.folder / "cut", ignore_errors=True)  # the checkpoint holds its zeros
     return args
 
@@ -197,45 +205,6 @@ def measure(
     prune_and_evaluate(pruning_arguments(training, **what, folder=folder))
     for path in folder.glob("pruned_*.pth.tar"):
         path.unlink()
-
-
-def prepare_worker(threads: int) -> None:
-    """Set a worker process up: its share of the cores, no Ctrl-C of its own, and an end when its parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """End this process, at once, when the one that started it is gone: nobody would wait for its results."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def run_jobs(jobs: list[Job], *, processes: int) -> Iterator[tuple[Job, float]]:
-    """Run jobs side by side; yield each with its seconds when it is done.
-
-    Args:
-        jobs: what to do.
-        processes: how many at a time; the cores are shared equally between them.
-
-    Raises:
-        OSError: a worker process was lost.
-        KeyboardInterrupt: Ctrl-C; the workers are ended.
-    """
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=prepare_worker, initargs=(threads,))
-    try:
-        waiting = {pool.submit(run_job, job): job for job in jobs}
-        for future in as_completed(waiting):
-            yield waiting[future], future.result()
-    except BrokenProcessPool as error:
-        raise OSError("a worker process was lost (killed, or out of memory); the same command continues") from error
-    finally:
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        pool.shutdown(cancel_futures=True)
 
 
 def save_choice(study: Study, out: Path) -> None:

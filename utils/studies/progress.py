@@ -72,13 +72,17 @@ class Progress:
         out: folder of the outputs, which keeps the seconds of earlier runs.
         processes: runs at a time.
         guess: seconds of a run where none was finished yet, from committed measurements.
+        part: of the study, for the name of its own file of seconds; others write theirs at the same time.
     """
 
-    def __init__(self, jobs: list[Job], out: Path, *, processes: int, guess: float | None = None) -> None:
-        self.jobs, self.path, self.processes = jobs, out / "seconds.json", processes
+    def __init__(
+        self, jobs: list[Job], out: Path, *, processes: int, guess: float | None = None, part: str = ""
+    ) -> None:
+        self.jobs, self.path, self.processes = jobs, out / f"seconds{part}.json", processes
         self.left, self.guess = [job for job in jobs if not job.done], guess
         self.untrained = {job for job in self.left if not job.trained}
-        self.seconds: dict[str, float] = read_json(self.path) or {}
+        self.mine: dict[str, float] = read_json(self.path) or {}
+        self.seconds = {key: value for path in out.glob("seconds*.json") for key, value in read_json(path).items()}
 
     def estimate(self) -> str:
         """Say how long the runs to train will take, going by the mean of those trained here, else by the guess."""
@@ -89,14 +93,18 @@ class Progress:
         source = "" if self.seconds else ", by the runs of results/replication"
         return f"about {duration(epochs * each / self.processes)}{source}"
 
-    def add(self, job: Job, seconds: float, number: int) -> None:
-        """Record a finished job and say so."""
+    def add(self, job: Job, seconds: float | None, number: int) -> None:
+        """Record a finished job and say so; without seconds it was done elsewhere, or given up."""
         if job in self.untrained:
             self.untrained.remove(job)
-            self.seconds[str(job)] = seconds / job.config.part  # of a run of all epochs
-            write_json(self.path, self.seconds)
+            if seconds is not None:
+                self.mine[str(job)] = self.seconds[str(job)] = seconds / job.config.part  # of a run of all epochs
+                write_json(self.path, self.mine)
         accuracies = read_accuracies(job.measurement("global") / "prune.json")
-        text = ", ".join(f"{ratio:g}: {value:.2f}" for ratio, value in accuracies.items())
-        text = text or ("trained" if job.trained else "diverged")
+        text = ", ".join(f"{ratio:g}: {value:.2f}" for ratio, value in accuracies.items()) or "trained"
+        failed = read_json(job.folder / "failed.json")
+        if failed:
+            text = f"failed ({failed['reason']})"
+        took = f"; {seconds:.0f} s" if seconds is not None else ""
         left = len(self.left) - number
-        say(f"[{len(self.jobs) - left}/{len(self.jobs)}] {job}: {text}; {seconds:.0f} s; {self.estimate()} left")
+        say(f"[{len(self.jobs) - left}/{len(self.jobs)}] {job}: {text}{took}; {self.estimate()} left")

@@ -146,7 +146,7 @@ def _tuning(study: Study, found: dict[str, dict[str, dict[float, float]]]) -> li
     for method, configs in found.items():
         for name, accuracy in configs.items():
             cells = [f"{accuracy[ratio]:.2f}" if ratio in accuracy else "" for ratio in (0.0, *study.percent)]
-            cells = cells if accuracy else ["diverged or not run"]
+            cells = cells if accuracy else ["diverged, failed or not run"]
             lines.append(f"| {method} | {name} | {' | '.join(cells)} |")
     return [*lines, ""]
 
