@@ -56,8 +56,8 @@ class _Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
 
-class _Tracer(fx.Tracer):
-    """fx's tracer with such values."""
+class Tracer(fx.Tracer):
+    """fx's tracer with such values, so that a graph tells what is changed in place."""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return the value of a node."""
@@ -83,7 +83,7 @@ def trace(model: nn.Module) -> Program:
     if not list(model.children()):
         model = nn.Sequential(model).eval()  # fx would look into a layer that stands alone
     try:
-        graph = _Tracer().trace(model)
+        graph = Tracer().trace(model)
     except (fx.proxy.TraceError, TypeError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"torch.fx cannot follow the network ({reason}): {REMEDY}") from error
