@@ -178,7 +178,7 @@ class Steps(Graph):
         if source is None:
             return None
         if kind is nn.BatchNorm2d and layout == "maps" and layer.running_mean is not None:
-            return source._replace(constant=_normalize(layer, source.constant))
+            return source._replace(constant=normalize(layer, source.constant))
         if kind in ELEMENTWISE and not self._drops(node):
             return source._replace(constant=self._apply(node, source.constant))
         if kind in POOLS and layout == "maps" and not self._changes_constants(node):
@@ -246,12 +246,16 @@ class Steps(Graph):
         return one._replace(constant=one.constant + other.constant)
 
 
-def _normalize(norm: nn.BatchNorm2d, constant: Tensor) -> Tensor:
-    """Return what BatchNorm makes of constants; a channel with factor 0 becomes one."""
+def factor_of(norm: nn.BatchNorm2d) -> Tensor:
+    """Return the number (C,) that a BatchNorm in evaluation mode multiplies each channel by, float64."""
     factor = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is None:
-        return (constant - norm.running_mean) * factor
-    factor, bias = factor * norm.weight.detach(), norm.bias.detach().double()
+    return factor if norm.weight is None else factor * norm.weight.detach()
+
+
+def normalize(norm: nn.BatchNorm2d, constant: Tensor) -> Tensor:
+    """Return what BatchNorm makes of constants; a channel with factor 0 becomes one."""
+    factor = factor_of(norm)
+    bias = torch.zeros_like(factor) if norm.bias is None else norm.bias.detach().double()
     return torch.where(factor == 0, bias, (constant - norm.running_mean) * factor + bias)
 
 
