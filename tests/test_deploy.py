@@ -292,6 +292,29 @@ def test_without_a_compiler_the_smaller_network_is_left(deployed, tmp_path, monk
     assert "torch.compile is left out" in capsys.readouterr().err
 
 
+class Optimized(nn.Module):
+    """Like what torch.compile returns, which has no length."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x)
+
+    def __len__(self):
+        raise TypeError
+
+
+def test_the_compiled_network_is_measured_too(deployed, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network, **options: Optimized(network))
+    options = ["--checkpoint", deployed[1] / "pruned.pth.tar", "--save", tmp_path / "small", "--no_data"]
+    report = call(deploy, *options, "--batch", 2, 1, 2)
+    assert {batch: list(row) for batch, row in report["milliseconds"].items()} == {
+        batch: ["dense", "compiled", "shrunk", "sparse"] for batch in ("1", "2")
+    }
+
+
 def test_compiling_is_bounded_in_time_and_may_fail(deployed, monkeypatch, capsys):
     model, x = deployed[0], torch.zeros(1, 3, 32, 32)
     seen = []

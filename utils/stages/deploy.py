@@ -148,7 +148,7 @@ def measure(args: argparse.Namespace, subject: Subject, forms: dict[str, Form]) 
         plain = torch.randn(batch, *subject.preprocessing.shape, generator=generator).to(device)
         images = plain.to(memory_format=torch.channels_last)
         compiled = compiler.compile(images) if compiler else None
-        runs = {"dense": dense} | ({"compiled": compiled} if compiled else {}) | forms
+        runs = {"dense": dense} | ({} if compiled is None else {"compiled": compiled}) | forms
         with torch.no_grad():
             inputs = {name: plain if name == "sparse" else images for name in runs}  # each in its own layout
             times = interleave_enough({name: _timed(run, inputs[name]) for name, run in runs.items()})
