@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from utils.halo.fold import fold_batch_norm
 from utils.stages import compiler
 from utils.stages import deploy as stage
 
+ONNX = ["--onnx"] if all(map(find_spec, ("onnx", "onnxscript"))) else []
 QUICK = ["--batch", 1, 3, "--no_compile"]
 
 
@@ -35,6 +37,12 @@ def call(script, *options):
 @pytest.fixture(autouse=True)
 def few_repeats(monkeypatch):
     monkeypatch.setattr("utils.stages.timing.REPEATS", (2, 2))
+
+
+@pytest.fixture
+def no_export(monkeypatch):
+    """Leave out torch.export, which takes longer than the rest."""
+    monkeypatch.setattr(stage, "contents", lambda *_: {})
 
 
 @torch.no_grad()
@@ -67,7 +75,7 @@ def deployed(images, tmp_path_factory):
         patch.setattr("utils.stages.timing.REPEATS", (5, 5))
         patch.setattr(stage, "say", lines.append)
         options = ["--data", images, "--checkpoint", folder / "pruned.pth.tar", "--save", folder / "new" / "small"]
-        report = call(deploy, *options, *QUICK)
+        report = call(deploy, *options, *QUICK, *ONNX)
     return model, folder, report, "\n".join(lines).splitlines()
 
 
@@ -94,7 +102,7 @@ def test_both_forms_are_proved_and_measured(deployed):
 def test_the_files_that_are_left(deployed):
     _, folder, report, _ = deployed
     names = sorted(path.name for path in (folder / "new").iterdir())
-    assert names == ["small.json", "small.png", "small.pt2", "small.pth.tar"]
+    assert names == sorted(["small.json", "small.png", "small.pt2", "small.pth.tar"] + ["small.onnx"] * len(ONNX))
     written = json.loads((folder / "new" / "small.json").read_text())
     assert written["proof"] == report["proof"] and written["sentence"] == report["sentence"]
     assert str(folder) not in (folder / "new" / "small.json").read_text()
@@ -170,16 +178,15 @@ print(float((have - pair["y"]).abs().max() / pair["y"].abs().max()))
 
 def test_onnx_gives_the_same_logits(deployed, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    if not ONNX:
+        pytest.skip("needs onnx and onnxscript")
     model, folder, *_ = deployed
-    options = ["--checkpoint", folder / "pruned.pth.tar", "--save", tmp_path / "small", "--no_data", "--onnx"]
-    call(deploy, *options, *QUICK)
-    session = runtime.InferenceSession(tmp_path / "small.onnx")
+    session = runtime.InferenceSession(folder / "new" / "small.onnx")
     for count in (1, 5):
         x = torch.randn(count, 3, 32, 32)
         with torch.no_grad():
             wanted = model(x)
-        (have,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        (have,) = session.run(None, {"images": x.numpy()})
         assert (torch.from_numpy(have) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
@@ -217,7 +224,7 @@ def test_folding_leaves_a_norm_that_is_not_alone():
     assert type(folded.norm) is type(folded.free) is nn.BatchNorm2d and torch.equal(folded(x), model(x))
 
 
-def test_lenet_on_its_digits(tmp_path):
+def test_lenet_on_its_digits(tmp_path, no_export):
     pytest.importorskip("sklearn")
     file = ROOT / "pretrained_models" / "digits_lenet300_halo_0.98.halo"
     report = call(deploy, "--checkpoint", file, "--save", tmp_path / "small", *QUICK)
@@ -279,7 +286,7 @@ def test_a_network_that_cannot_be_followed_is_one_line(tmp_path, monkeypatch, fa
     assert code == 1 and "the steps of Branching cannot be found" in line and not (tmp_path / "small.pth.tar").exists()
 
 
-def test_without_a_compiler_the_smaller_network_is_left(deployed, tmp_path, monkeypatch, capsys):
+def test_without_a_compiler_the_smaller_network_is_left(deployed, tmp_path, monkeypatch, capsys, no_export):
     def no_kernel():
         raise OSError("no C++ compiler g++ on the PATH")
 
@@ -290,6 +297,14 @@ def test_without_a_compiler_the_smaller_network_is_left(deployed, tmp_path, monk
         report = call(deploy, *options, "--batch", 2)
     assert list(report["milliseconds"]["2"]) == ["dense", "shrunk"]
     assert "torch.compile is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("load, said", [(100.0, 1), (0.5, 0)])
+def test_a_busy_machine_is_noted(monkeypatch, capsys, load, said):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    stage.warn_if_busy()
+    assert capsys.readouterr().err.count("100.0 on 2 cores: if other processes still run, these times mislead") == said
 
 
 class Optimized(nn.Module):
@@ -306,7 +321,7 @@ class Optimized(nn.Module):
         raise TypeError
 
 
-def test_the_compiled_network_is_measured_too(deployed, tmp_path, monkeypatch):
+def test_the_compiled_network_is_measured_too(deployed, tmp_path, monkeypatch, no_export):
     monkeypatch.setattr(torch, "compile", lambda network, **options: Optimized(network))
     options = ["--checkpoint", deployed[1] / "pruned.pth.tar", "--save", tmp_path / "small", "--no_data"]
     report = call(deploy, *options, "--batch", 2, 1, 2)
@@ -399,7 +414,7 @@ def test_wrong_options_are_one_line(deployed, fails_in, options, text):
     assert code == 2 and text in line and (folder / "pruned.pth.tar").read_bytes() == before
 
 
-def test_outputs_are_not_replaced_unasked_nor_by_half(deployed, tmp_path, monkeypatch, fails_in):
+def test_outputs_are_not_replaced_unasked_nor_by_half(deployed, tmp_path, monkeypatch, fails_in, no_export):
     checkpoint = deployed[1] / "pruned.pth.tar"
     shutil.copy(deployed[1] / "new" / "small.pth.tar", tmp_path / "small.pth.tar")
     before = (tmp_path / "small.pth.tar").read_bytes()

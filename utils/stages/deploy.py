@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,7 @@ def measure(args: argparse.Namespace, subject: Subject, forms: dict[str, Form]) 
         Batch size (as text, for JSON) to form to `n`, `ms` (median), `quartiles` and `times_faster` than dense.
     """
     device = subject.device
+    warn_if_busy()
     dense = subject.model.to(memory_format=torch.channels_last)
     compiler = None if args.no_compile else Compiler(dense)
     report = {}
@@ -154,6 +156,14 @@ def measure(args: argparse.Namespace, subject: Subject, forms: dict[str, Form]) 
             times = interleave_enough({name: _timed(run, inputs[name]) for name, run in runs.items()})
         report[str(batch)] = {name: _summary(times[name], times["dense"]) for name in times}
     return report
+
+
+def warn_if_busy() -> None:
+    """Say so where the cores were busy, since threads that wait for each other then take far longer."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load > 2 * cores:
+        text = f"the load of the last minute was {load:.1f} on {cores} cores"
+        warn(f"{text}: if other processes still run, these times mislead")
 
 
 def _timed(run: Form, images: Tensor) -> Callable[[], None]:
