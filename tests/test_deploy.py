@@ -284,6 +284,8 @@ def test_an_operation_that_sparse_inference_lacks_leaves_the_other_form(tmp_path
 def test_a_network_that_cannot_be_followed_is_one_line(tmp_path, monkeypatch, fails_in):
     code, line = fails_in(deploy, *own(tmp_path, monkeypatch, "Branching"), *QUICK)
     assert code == 1 and "the steps of Branching cannot be found" in line and not (tmp_path / "small.pth.tar").exists()
+    options = ["-a", "net_Branching:Branching", "--checkpoint", "own.pth.tar", "--no_data"]
+    assert call(check_params, *options)["macs_shrunk"] is None
 
 
 def test_without_a_compiler_the_smaller_network_is_left(deployed, tmp_path, monkeypatch, capsys, no_export):
