@@ -9,7 +9,7 @@ PRUNE := $(RUN) cifar_prune_iterative.py --percent 0.5 0.75 0.9 0.95 --overwrite
 
 .PHONY: demo test bench clean
 
-# The whole pipeline on real handwritten digits: train, prune, check, energy.
+# The whole pipeline on real handwritten digits: train, prune, check, energy, deploy.
 demo: .venv/installed
 	$(TRAIN) --save_dir $(DEMO)/none
 	$(TRAIN) --halo --xi 2e-3 --psi 2e-3 --save_dir $(DEMO)/halo
@@ -25,6 +25,9 @@ demo: .venv/installed
 	@echo "convolution weights removed:"
 	@$(RUN) compare_pruning.py $(DEMO)/none/pruned/prune.json $(DEMO)/halo/pruned/prune.json \
 	  --labels "no penalty" HALO --save $(DEMO)/accuracy_vs_sparsity.png --sentence --overwrite
+	@echo
+	$(RUN) deploy.py --checkpoint $(DEMO)/halo/pruned/pruned_0.95.pth.tar --save $(DEMO)/small --batch 1 64 \
+	  --no_compile --overwrite
 
 test: .venv/installed
 	$(BIN)/ruff check .

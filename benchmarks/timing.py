@@ -3,35 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
+from utils.stages.timing import interleave
 
-def interleave(
-    functions: Mapping[str, Callable[[], object]], *, repeats: int, inner: int = 1, warm_up: int = 2
-) -> dict[str, list[float]]:
-    """Time functions in turn, so that whatever else the machine does falls on all of them alike.
-
-    Args:
-        functions: what to time, by name.
-        repeats: how often each is timed.
-        inner: calls in one timing.
-        warm_up: calls of each that are not counted: allocation, caches, compilation.
-
-    Returns:
-        Seconds a call by name, one a repetition.
-    """
-    for function in functions.values():
-        for _ in range(warm_up):
-            function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            for _ in range(inner):
-                function()
-            times[name].append((time.perf_counter() - start) / inner)
-    return times
+__all__ = ["interleave", "rows"]
 
 
 def rows(times: Mapping[str, list[float]], *, reference: str, faster: bool) -> list[dict]:

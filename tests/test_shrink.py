@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from models import ARCHS, build_model
 from models.widths import narrow_, widths_of
@@ -146,6 +147,7 @@ def tail(channels):
         ([nn.MaxPool2d(3, 2, padding=1), nn.Conv2d(6, 4, 1)], 3),  # beyond the border is -infinity
         ([nn.AvgPool2d(2), nn.Conv2d(6, 4, 1)], 3),
         ([nn.AvgPool2d(3, 2, padding=1), nn.Conv2d(6, 4, 1)], 6),  # zeros come in: no constant any more
+        ([nn.AvgPool2d(2, divisor_override=3), nn.Conv2d(6, 4, 1)], 6),  # nor the same one
         ([nn.BatchNorm2d(6), nn.SiLU(), nn.Conv2d(6, 4, 1)], 3),
         ([nn.Conv2d(6, 4, 3, groups=2)], 6),  # not understood, so all are kept
     ],
@@ -166,6 +168,49 @@ def test_units_and_flattened_maps(bias, left):
     model = nn.Sequential(with_dead(nn.Conv2d(2, 6, 3), 0, 2, 5), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 49, 5, bias))
     small = shrink(model.eval())
     assert small[0].out_channels == left and small[3].in_features == left * 49
+    assert difference(model, small, torch.randn(5, 2, 9, 9)) < 1e-6
+
+
+class Viewing(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.conv, self.fc, self.size = with_dead(nn.Conv2d(2, 6, 3), 0, 2, 5), nn.Linear(6 * 49, 5), size
+
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        return self.fc(x.view(*self.size(x)))
+
+
+@pytest.mark.parametrize(
+    "size, left",
+    [(lambda x: (x.size(0), -1), 3), (lambda x: ((x.shape[0], -1),), 3), (lambda x: (-1, 6 * 49), 6)],
+)
+def test_views_that_flatten(size, left):
+    model = Viewing(size).eval()
+    small = shrink(model)
+    assert small.conv.out_channels == left
+    assert difference(model, small, torch.randn(5, 2, 9, 9)) < 1e-6
+
+
+def test_infinity_in_a_dead_channel_is_left_alone():
+    model = nn.Sequential(with_dead(nn.Conv2d(2, 6, 3), 1), nn.ReLU(), nn.Conv2d(6, 4, 1), *tail(4)).eval()
+    with torch.no_grad():
+        model[0].bias[1] = torch.inf
+        model[2].weight[2, 1] = 0
+    small, x = shrink(model), torch.randn(5, 2, 9, 9)
+    with torch.no_grad():
+        assert torch.equal(model(x).isfinite(), small(x).isfinite())
+
+
+def test_weights_that_are_computed_anew_are_refused_or_kept():
+    model = nn.Sequential(with_dead(nn.Conv2d(2, 6, 3), 1), nn.ReLU(), nn.Conv2d(6, 4, 1), *tail(4)).eval()
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    with pytest.raises(ValueError, match="cannot be copied .*: remove what .*prune.remove"):
+        shrink(model)
+    prune.remove(model[2], "weight")
+    model[0].register_forward_hook(lambda layer, inputs, output: output + 1)
+    small = shrink(model)
+    assert small[0].out_channels == 6
     assert difference(model, small, torch.randn(5, 2, 9, 9)) < 1e-6
 
 
@@ -229,6 +274,19 @@ class Odd(nn.Module):
         elif self.step == "kept, then added":
             kept, x = x.abs().mean((2, 3)), self.two(F.relu(x)) + x
             return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1)) + kept[:, :3]
+        elif self.step == "added under two names":
+            y = x
+            y += self.two(F.relu(x))
+            x = F.relu(x) + y
+        elif self.step == "scaled under two names":
+            y = F.dropout(x, training=self.training)
+            y *= 0.5
+            x = self.two(x)
+        elif self.step == "rectified behind dropout":
+            y = F.dropout(x, training=self.training)
+            x = F.relu(y, True) + self.two(x)
+        elif self.step == "weights read twice":
+            x = self.two(F.relu(F.conv2d(F.relu(x), self.two.weight, padding=1)))
         elif self.step == "called twice":
             x = self.two(F.relu(self.two(x)))
         elif self.step == "tied":
@@ -244,7 +302,19 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize(
     "step",
-    ["overwritten", "added in place", "kept, then added", "called twice", "tied", "concatenated", "view", "scaled"],
+    [
+        *(
+            "overwritten",
+            "added in place",
+            "kept, then added",
+            "called twice",
+            "tied",
+            "concatenated",
+            "view",
+            "scaled",
+        ),
+        *("added under two names", "scaled under two names", "rectified behind dropout", "weights read twice"),
+    ],
 )
 def test_steps_that_are_not_understood_keep_what_they_read(step):
     torch.manual_seed(0)

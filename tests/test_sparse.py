@@ -277,17 +277,24 @@ def test_other_widths_of_registers(lanes, monkeypatch):
     check(pruned(build_model("lenet_5", 10), 0.8), images(1, 1, 28, 28), images(19, 1, 28, 28))
 
 
-def test_without_a_compiler_torch_runs_it(monkeypatch):
+def test_without_a_compiler_torch_runs_the_shrunk_network(monkeypatch):
     def no_kernel():
         raise OSError("no C++ compiler g++ on the PATH")
 
     monkeypatch.setattr(sparse, "load_kernel", no_kernel)
     model, x = pruned(build_model("resnet", 10, 8), 0.8), images(3, 3, 32, 32)
-    with pytest.warns(UserWarning, match="no C.. compiler g.. on the PATH: torch runs the network instead"):
+    model.layer2[0].conv1.weight.data[:20] = 0
+    with pytest.warns(
+        UserWarning, match="no C.. compiler g.. on the PATH: torch runs the dense network instead"
+    ) as notes:
         slow = SparseNetwork(model)
-    assert not slow.compiled and "compiled=False" in repr(slow)
+    assert len(notes) == 1 and not slow.compiled and "compiled=False" in repr(slow)
+    widths = {op.name: len(op.weight) for op in slow.program.ops if op.kind == "conv"}
+    assert widths["layer2.0.conv1"] == 13  # 12 and what carries the constants of the others
     with torch.no_grad():
         close(slow(x), model(x))
+    with pytest.warns(UserWarning, match="no C.. compiler"):
+        close(pickle.loads(pickle.dumps(slow))(x), slow(x))
 
 
 def test_repr_counts_the_weights():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models import build_model, find_arch, fitting_arch
 from utils.files.checkpoint import CheckpointError, load_checkpoint, load_weights
 from utils.files.preprocessing import unrecorded
-from utils.files.record import Record, read_record, require_known, same_network
+from utils.files.record import Record, build_recorded, read_record, require_known, same_network
 from utils.options import OptionError
 
 
@@ -33,7 +33,7 @@ def load_model(path: str | Path, *, arch: str | None = None) -> nn.Module:
     state = load_checkpoint(path)
     record = read_record(state, path)
     if record is not None:
-        model = _recorded(record, path, arch)
+        model = _recorded(record, state, path, arch)
         preprocessing, names = record.preprocessing, record.class_names
     else:
         model = _fitting(state["state_dict"], path)
@@ -44,14 +44,14 @@ def load_model(path: str | Path, *, arch: str | None = None) -> nn.Module:
     return model.eval()
 
 
-def _recorded(record: Record, path: str | Path, arch: str | None) -> nn.Module:
+def _recorded(record: Record, state: dict, path: str | Path, arch: str | None) -> nn.Module:
     if arch is None:
         require_known(record, path)
     elif not same_network(arch, record.arch):
         raise OptionError(f"{path} is of {record.network}, not of {arch}")
     else:
         find_arch(arch)
-    return build_model(record.arch, record.num_classes, record.depth)
+    return build_recorded(record.arch, record.num_classes, record.depth, state, path)
 
 
 def _fitting(state_dict: dict[str, Tensor], path: str | Path) -> nn.Module:

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import ARCHS, find_arch, guess_arch, resolve_depth
+import torch
+from torch import nn
+
+from models import ARCHS, build_model, find_arch, guess_arch, resolve_depth
 from utils.files.checkpoint import CheckpointError
 from utils.files.preprocessing import Preprocessing, unrecorded
 from utils.options import OptionError, resolve_depth_option
@@ -66,6 +69,48 @@ def read_record(state: Mapping, path: str | Path) -> Record | None:
     names = None if names is None else tuple(map(str, names))
     augmentation = config.get("padding"), not config.get("no_flip", False)
     return Record(dataset, arch, depth, count, preprocessing, names, *augmentation)
+
+
+def recorded_widths(state: Mapping, path: str | Path) -> dict[str, list[int]] | None:
+    """Return the widths of a network that `halo.shrink` has made narrower, None for one of full width.
+
+    Raises:
+        CheckpointError: what a checkpoint records of them cannot be.
+    """
+    config = state.get("config")
+    widths = config.get("widths") if isinstance(config, Mapping) else None
+    if widths is None:
+        return None
+    sound = isinstance(widths, Mapping) and all(
+        isinstance(name, str) and isinstance(sizes, (list, tuple)) and all(type(n) is int for n in sizes)
+        for name, sizes in widths.items()
+    )
+    if not sound:
+        raise CheckpointError(f"{path} records widths that are no whole numbers by layer: use another copy")
+    return {name: list(sizes) for name, sizes in widths.items()}
+
+
+def build_recorded(arch: str, num_classes: int, depth: int | None, state: Mapping, path: str | Path) -> nn.Module:
+    """Build the network of a checkpoint, as narrow as it records; its weights are still to be loaded.
+
+    Raises:
+        ValueError: there is no such network; see `build_model`.
+        CheckpointError: the recorded widths do not fit it, or each other.
+    """
+    widths = recorded_widths(state, path)
+    if widths is None:
+        return build_model(arch, num_classes, depth)
+    record = read_record(state, path)
+    try:
+        model = build_model(arch, num_classes, depth, widths=widths)
+        with torch.inference_mode():
+            logits = model.eval()(torch.zeros(1, *record.preprocessing.shape))
+        if logits.shape[1:] != (num_classes,):
+            raise ValueError(f"its outputs are not those of {num_classes} classes")
+    except (ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} records widths that do not fit {arch} ({reason}): use another copy") from error
+    return model.train()
 
 
 def same_network(one: str, other: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .native import load_native
+from .shrink import shrink
 from .sparse_plan import Plan
 from .sparse_program import KERNELS, Program, Shape
 from .sparse_terms import live_network
@@ -59,7 +60,8 @@ class SparseNetwork:
             it later changes nothing here.
 
     Attributes:
-        compiled: whether the kernel runs; False where there is no C++ compiler: then torch runs the folded network.
+        compiled: whether the kernel runs. False where there is no C++ compiler: then torch runs what `shrink` leaves,
+            with BatchNorm folded. A copy that is unpickled there runs as it was, zeros included.
 
     Raises:
         ValueError: the model is in training mode or has an operation that is not supported; the message names it.
@@ -71,6 +73,8 @@ class SparseNetwork:
 
     def __init__(self, model: nn.Module) -> None:
         self.__setstate__(trace(model))
+        if not self.compiled:
+            self.program = trace(shrink(model))
 
     def __getstate__(self) -> Program:
         """Return what a copy needs; the rest holds addresses."""
@@ -83,7 +87,7 @@ class SparseNetwork:
             self._kernel = load_kernel()
         except OSError as error:
             self._kernel = None
-            warnings.warn(f"{error}: torch runs the network instead, zeros included", stacklevel=3)
+            warnings.warn(f"{error}: torch runs the dense network instead", stacklevel=3)
 
     @property
     def compiled(self) -> bool:

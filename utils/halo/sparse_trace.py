@@ -50,14 +50,19 @@ VIEWS = {"view", "reshape", torch.reshape}
 
 
 class _Proxy(fx.Proxy):
-    """A value of the trace for which a += b stays what it is; fx alone records a = a + b, and views of a miss it."""
-
-    def __iadd__(self, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+    """A value of the trace for which a += b is recorded as what it is; fx alone records a = a + b."""
 
 
-class _Tracer(fx.Tracer):
-    """fx's tracer with such values."""
+def _in_place(function: Callable) -> Callable[[fx.Proxy, object], fx.Proxy]:
+    return lambda one, other: one.tracer.create_proxy("call_function", function, (one, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ipow"):  # views of a would miss what happens to it
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
+class Tracer(fx.Tracer):
+    """fx's tracer with such values, so that a graph tells what is changed in place."""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return the value of a node."""
@@ -83,8 +88,8 @@ def trace(model: nn.Module) -> Program:
     if not list(model.children()):
         model = nn.Sequential(model).eval()  # fx would look into a layer that stands alone
     try:
-        graph = _Tracer().trace(model)
-    except (fx.proxy.TraceError, TypeError, RuntimeError, NotImplementedError) as error:
+        graph = Tracer().trace(model)
+    except (fx.proxy.TraceError, TypeError, AttributeError, NameError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"torch.fx cannot follow the network ({reason}): {REMEDY}") from error
     program = fold(_Translation(model, graph).program())

@@ -1,4 +1,5 @@
-"""What follows a run: prune, check, energy. Each starts from a checkpoint and ends in a table, a JSON and a figure.
+"""What follows a run: prune, check, energy, deploy. Each goes from a checkpoint to a table, a JSON and a figure.
 
-May enter: one module a stage, which its script calls. May not: training loops, or anything about many runs (studies).
+May enter: one module a stage, which its script calls, and what it alone needs. May not: training loops, or anything
+about many runs (studies).
 """

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
+
+from torch import nn
 
 from utils import plots
 from utils.files.checkpoint import load_checkpoint
 from utils.files.compact import entropy_bound, same_bits, save_compact, without_negative_zeros
 from utils.halo.parameters import prunable_weights
 from utils.halo.pruning import count_macs, dead_filters, overall_sparsity, savings, sparsity_per_layer
+from utils.halo.shrink import shrink
 from utils.logger import result_text, say
 from utils.run import refuse_existing, write_json
 from utils.stages.subject import Subject, load_subject
@@ -58,6 +62,7 @@ def describe_sparsity(subject: Subject, *, tau: float) -> dict:
     total = sum(layer.total for layer in layers)
     return {
         **savings(model, shape),
+        **after_shrinking(model, shape),
         "prunable": total,
         "prunable_nonzero": sum(layer.remaining for layer in layers),
         "sparsity": overall_sparsity(layers),
@@ -74,6 +79,15 @@ def describe_sparsity(subject: Subject, *, tau: float) -> dict:
         ],
         "macs": [m._asdict() for m in count_macs(model, shape)],
     }
+
+
+def after_shrinking(model: nn.Module, shape: tuple[int, ...]) -> dict:
+    """Return the multiply-accumulates of the smaller dense network as `macs_shrunk`, None where it cannot be made."""
+    try:
+        small = shrink(copy.deepcopy(model).cpu())
+    except ValueError:
+        return {"macs_shrunk": None}
+    return {"macs_shrunk": sum(layer.dense for layer in count_macs(small, shape))}
 
 
 def write_compact(path: Path, subject: Subject, args: argparse.Namespace) -> dict:
@@ -118,6 +132,9 @@ def print_report(report: dict, *, tau: float, classes: int | None) -> None:
     say(f"multiply-accumulates an image: {report['macs_dense']} dense, {report['macs_nonzero']} with zeros skipped")
     say("  (sum over Conv2d and Linear of weights x output positions; biases, BatchNorm and pooling not counted)")
     say(f"theoretical speed-up {report['theoretical_speedup']:.2f} (dense / remaining multiply-accumulates)")
+    if report["macs_shrunk"] is not None:
+        times = report["macs_dense"] / max(report["macs_shrunk"], 1)
+        say(f"  after shrinking {report['macs_shrunk']} dense ones are left: {times:.2f} (deploy.py makes both forms)")
     if "compact" in report:
         c = report["compact"]
         say(f"compact file {c['file']}: {c['bytes']} bytes, read back bit-equal")

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from models import build_model, find_arch, takes_linear
+from models import find_arch, takes_linear
 from utils.files.checkpoint import load_checkpoint, load_weights
 from utils.files.preprocessing import Preprocessing, unrecorded
-from utils.files.record import Record, read_record, take_from_file
+from utils.files.record import Record, build_recorded, read_record, take_from_file
 from utils.run import choose_device
 from utils.training.data import load_dataset
 from utils.training.dataset import Dataset
@@ -69,7 +69,7 @@ def load_subject(
     if images and data is None:
         data = _images(args, record, val_split=val_split)
     classes = len(data.classes) if data else record.num_classes if record else _classes(args.dataset, state)
-    model = build_model(args.arch, classes, args.depth)
+    model = build_recorded(args.arch, classes, args.depth, state, path)
     load_weights(model, state["state_dict"], path=path)
     model.to(device, memory_format=memory_format(args.arch, device))
     used = record.preprocessing if record else data.preprocessing if data else None

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import build_model, check_own_network, takes_linear
+from models import check_own_network, takes_linear
 from utils.distributed import is_main, lost, main_first, process_group, processes, rank, replicate
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.files.lock import Lock
-from utils.files.record import read_record
+from utils.files.record import build_recorded, read_record, recorded_widths
 from utils.halo.masks import FixedZeros
 from utils.halo.parameters import penalized_parameters
 from utils.halo.penalties import Penalty, make_penalty
@@ -160,9 +160,13 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
     with process_group(device), run_folder(args) as lock:
         with main_first():
             state = load_checkpoint(args.resume) if args.resume else None
+            first = state or (load_checkpoint(args.start) if args.start else {})
             data = loading.load_images(args, read_record(state, args.resume) if state else None)
         say(data_line(args, data))
-        model = build_model(args.arch, len(data.classes), args.depth)
+        path = args.resume or args.start
+        model = build_recorded(args.arch, len(data.classes), args.depth, first, path)
+        if widths := recorded_widths(first, path):
+            args.widths = widths  # with the options, so that all that this run writes records them
         check_own_network(args.arch, model, data.shape, len(data.classes))
         model.to(device, memory_format=loading.memory_format(args.arch, device))
         if not args.evaluate:
