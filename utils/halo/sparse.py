@@ -19,7 +19,7 @@ from .sparse_trace import trace
 from .sparse_workspace import zeros
 
 KERNEL = Path(__file__).with_name("sparse_kernel.cpp")
-THREAD = 50_000  # vector multiply-adds, some 20 microseconds: less is not worth waking a thread for
+THREAD = 25_000  # vector operations, some 10 microseconds: less is not worth waking a thread for
 PLANS_KEPT = 8  # shapes of images for which a network keeps what it worked out
 
 
@@ -98,7 +98,6 @@ class SparseNetwork:
         total, left = sum(w.numel() for w in weights), sum(int(w.count_nonzero()) for w in weights)
         return f"SparseNetwork({len(weights)} layers, {left} of {total} weights, compiled={self.compiled})"
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return what the model returns.
 
@@ -119,7 +118,8 @@ class SparseNetwork:
             raise ValueError(f"images must be (N, C, H, W), not {tuple(images.shape)}: use unsqueeze(0) for one image")
         prepared = self._prepared.get(images.shape[1:]) or self._prepare(Shape(*images.shape[1:]))
         if self._kernel is None:
-            return self.program.run(images)
+            with torch.no_grad():
+                return self.program.run(images)
         images = images.contiguous()
         count = len(images)
         out = torch.empty((count, *prepared.output))

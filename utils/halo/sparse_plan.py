@@ -13,6 +13,8 @@ from .sparse_schedule import Step, blocks_of, schedule
 from .sparse_structs import DOTS, MAX, SPLIT, STRIPS, SUM, TILES, CMap, COp, CPlan
 from .sparse_terms import Network, Terms, up, windows
 
+PACKING = 4  # vector operations for a pixel of the images, until it lies in a block
+
 
 class Plan:
     """One form of a network for images of one shape, as the kernel takes it.
@@ -43,6 +45,7 @@ class Plan:
         chunks = torch.nn.functional.pad(network.wanted.flatten(), (0, -network.wanted.numel() % lanes))
         wanted = self._pointer([*(chunks.view(-1, lanes).any(1).nonzero()[:, 0] * lanes).tolist(), -1])
         self._keep.append(array)
+        self.cost += 0 if image else PACKING * network.wanted.numel()
         self.c = CPlan(base, len(ops), ctypes.addressof(array), *ends, wanted)
 
     def _pointer(self, numbers: list | Tensor, dtype: torch.dtype = torch.int32) -> int:
