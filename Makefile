@@ -37,6 +37,7 @@ test: .venv/installed
 # Speed and memory, as tables; run it with nothing else on the machine.
 bench: .venv/installed
 	$(RUN) benchmarks/run.py
+	$(RUN) benchmarks/sparse.py --network ResNet-20 --batch 1 64 --engines "torch eager" sparse
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

@@ -51,3 +51,38 @@ def plot_scaling(table: Sequence[dict], path: str | Path) -> None:
         f"The cost is linear in the parameters; at {counts[-1]:.0e} one pass takes 1/{ratio:.0f} of autograd"
     )
     save_figure(figure, path)
+
+
+def plot_sparsity(table: Sequence[dict], path: str | Path) -> None:
+    """Draw how many times faster sparse inference is against the fraction of zeros, and where it overtakes.
+
+    Args:
+        table: rows of `network`, `sparsity` and `times faster`.
+        path: PNG to write.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    styles = [("o-", DARK), ("s--", MIDDLE), ("^:", LIGHT)]
+    for name, (style, colour) in zip(dict.fromkeys(row["network"] for row in table), styles, strict=False):
+        points = [(row["sparsity"], row["times faster"]) for row in table if row["network"] == name]
+        where = crossing(points)
+        label = f"{name}: faster from {where:.2f} on" if where is not None else f"{name}: faster throughout"
+        axes.plot([1 - s for s, _ in points], [t for _, t in points], style, color=colour, label=label)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="zeros", ylabel="times faster than torch, dense (fp32)")
+    axes.set_xlim(1.1, 0.009)
+    axes.set_xticks([1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01], ["0", "50%", "80%", "90%", "95%", "98%", "99%"])
+    axes.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
+def crossing(points: Sequence[tuple[float, float]]) -> float | None:
+    """Return the sparsity from which on every ratio is above 1, between measured points in a line; None: all are."""
+    below = [index for index, (_, ratio) in enumerate(points) if ratio < 1]
+    if not below or below[-1] + 1 == len(points):
+        return None if not below else 1.0
+    (a, low), (b, high) = points[below[-1]], points[below[-1] + 1]
+    return a + (b - a) * (1 - low) / (high - low)

@@ -1,60 +1,112 @@
-"""Sparse inference against the same network in torch (eager, channels_last, fp32), interleaved in one process.
+"""Sparse inference against the same network dense, in torch and in engines for deployment, interleaved.
 
-    python benchmarks/sparse.py        # half a minute; run it with nothing else on the machine
+    python benchmarks/sparse.py --network ResNet-20 --sparsity 0.95 0.98
+    python benchmarks/sparse.py --figure       # time against sparsity, for three families
 
-Each line: medians of milliseconds a batch over 15 pairs, and the median of their ratios with the quartiles.
+Run it with nothing else on the machine. Leaves sparse.json (which it adds to) and with --figure sparse.png in --save.
+`pip install -r requirements-bench.txt` brings the engines other than torch.
 """
 
-import statistics
+import argparse
+import json
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.files import load_model  # noqa: E402
-from utils.halo import SparseNetwork  # noqa: E402
+from benchmarks.report import markdown, plot_sparsity
+from benchmarks.sparse_engines import ENGINES, missing
+from benchmarks.sparse_networks import NETWORKS, pruned_network, shape_of
+from benchmarks.timing import interleave, rows
+from utils.halo.sparse_program import Shape
+from utils.halo.sparse_terms import live_network
+from utils.halo.sparse_trace import trace
+from utils.run import describe, run_script, write_json
 
-NETWORKS = {
-    "cifar10_resnet20_halo_0.95": (3, 32, 32),
-    "cifar10_resnet20_halo_0.98": (3, 32, 32),
-    "mnist_lenet300_halo_0.99": (1, 28, 28),
-}
-PAIRS, WARM_UP = 15, 3
-
-
-def seconds(call, images: torch.Tensor) -> float:
-    """Return how long one call takes."""
-    start = time.perf_counter()
-    call(images)
-    return time.perf_counter() - start
+FAMILIES = {"VGG-16": 3, "ResNet-20": 9, "LeNet-300-100": 41}  # repetitions of a time in the figure
+SPARSITIES = (0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
-def measure(dense, sparse, images: torch.Tensor) -> str:
-    """Return a line of medians and ratios, after a look whether both compute the same."""
-    expected = dense(images)
-    if (sparse(images) - expected).abs().max() > 1e-4 * expected.abs().max():
-        raise ArithmeticError("sparse inference differs from the network")
-    pairs = [(seconds(dense, images), seconds(sparse, images)) for _ in range(WARM_UP + PAIRS)][WARM_UP:]
-    low, middle, high = statistics.quantiles((a / b for a, b in pairs), n=4)
-    one, other = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
-    return f"torch {one:.2f} ms, sparse {other:.2f} ms: {middle:.1f} times faster ({low:.1f} to {high:.1f})"
+def multiply_adds(model: torch.nn.Module, shape: tuple[int, ...]) -> int:
+    """Return the multiply-adds of one image that sparse inference does."""
+    network = live_network(trace(model), Shape(*shape))
+    return sum(
+        len(terms.output) * network.shapes[value].height * network.shapes[value].width
+        for value, terms in network.terms.items()
+    )
+
+
+def measure(name: str, sparsity: float, batch: int, *, repeats: int, engines: list[str]) -> tuple[str, list[dict]]:
+    """Return a title and the rows of one network at one batch size, with the roofline."""
+    model, origin = pruned_network(name, sparsity)
+    images = torch.randn(batch, *shape_of(name))
+    functions = {engine: ENGINES[engine](model, images) for engine in engines}
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    functions["matrix product"] = lambda: torch.mm(a, b)
+    small = batch * multiply_adds(model, shape_of(name)) < 1e7
+    times = interleave(functions, repeats=repeats, inner=50 if small else 1, warm_up=5)
+    table = rows(times, reference="torch eager", faster=True)
+    last, product = table[-2], table.pop()
+    rate, peak = batch * multiply_adds(model, shape_of(name)) / last["ms"] / 1e6, 1024**3 / product["ms"] / 1e6
+    last |= {"G multiply-adds/s": rate, "of the matrix product": rate / peak}
+    return f"{name} at {sparsity}, batch {batch} ({origin})", table
+
+
+def sweep(name: str, *, repeats: int, batch: int = 64) -> list[dict]:
+    """Return milliseconds by sparsity, of the network dense and sparse, the same share removed from every layer."""
+    images, table = torch.randn(batch, *shape_of(name)), []
+    for sparsity in SPARSITIES:
+        model, _ = pruned_network(name, sparsity, uniform=True)
+        functions = {engine: ENGINES[engine](model, images) for engine in ("torch eager", "sparse")}
+        dense, fast = rows(interleave(functions, repeats=repeats), reference="torch eager", faster=True)
+        table.append({"network": name, "sparsity": sparsity, "dense ms": dense["ms"], "sparse ms": fast["ms"]})
+        table[-1] |= {"sparse_quartiles": fast["ms_quartiles"], "times faster": fast["ratio"], "n": fast["n"]}
+    return table
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command line of this script."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--network", nargs="+", choices=list(NETWORKS), default=[], help="which networks")
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.95], metavar="S", help="fractions of zeros")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 64, 256], metavar="N", help="images at once")
+    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="timings of each")
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), help="what to compare")
+    parser.add_argument("--figure", action="store_true", help="time against sparsity instead")
+    parser.add_argument("--save", metavar="DIR", default="runs/bench", help="folder of the outputs")
+    return parser
 
 
 @torch.inference_mode()
-def main() -> None:
-    """Measure every network at three batch sizes."""
-    torch.manual_seed(0)
-    for name, shape in NETWORKS.items():
-        dense = load_model(ROOT / "pretrained_models" / f"{name}.halo").to(memory_format=torch.channels_last)
-        sparse = SparseNetwork(dense)
-        for batch in (1, 64, 256):
-            images = torch.randn(batch, *shape).to(memory_format=torch.channels_last)
-            print(f"{name}, batch {batch}: {measure(dense, sparse, images)}", flush=True)
+def main(args: argparse.Namespace) -> dict:
+    """Measure, print and write.
+
+    Returns:
+        The content of sparse.json.
+    """
+    folder = Path(args.save)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "sparse.json"
+    results = json.loads(path.read_text()) if path.exists() else {"machine": {}, "tables": {}}
+    results["machine"] = describe(args, torch.device("cpu"))
+    engines = [engine for engine in ENGINES if engine in {*args.engines, "torch eager", "sparse"} - {*missing()}]
+    if missing():
+        print(f"not measured, not installed: {', '.join(missing())} (pip install -r requirements-bench.txt)")
+    jobs = [(name, s, batch) for name in args.network for s in args.sparsity for batch in args.batch]
+    for job in jobs:
+        title, table = measure(*job, repeats=args.repeats, engines=engines)
+        results["tables"].setdefault(title, []).append(table)  # one more run
+        print(markdown(title, table), flush=True)
+        write_json(path, results)
+    if args.figure:
+        results["sparsity"] = [row for name, n in FAMILIES.items() for row in sweep(name, repeats=n)]
+        print(markdown("Time against sparsity, batch 64", results["sparsity"]), flush=True)
+        write_json(path, results)
+        plot_sparsity(results["sparsity"], folder / "sparse.png")
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, get_parser())

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "mnist/mnist.py"]
+SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "mnist/mnist.py", "benchmarks/sparse.py"]
 OF_OTHERS = {"--nproc_per_node", "--target", "--no-deps", "--help"}  # torchrun's and pip's, and argparse's own
 OF_OTHERS |= {"--array", "--cpus-per-task", "--time", "--dependency", "--ntasks", "--exact"}  # Slurm's
 OF_OTHERS |= {"--port", "--scheduler-file", "--nthreads"}  # Dask's
@@ -48,7 +48,7 @@ def test_every_option_exists(page, help_of):
 def test_every_option_of_a_command_is_one_of_its_script(page, help_of):
     """A command is a line that starts with python, with its continuations."""
     text = page.read_text().replace("\\\n", " ")
-    for line in re.findall(r"^ *(?:python|torchrun .*?) ((?:mnist/)?\w+\.py .*)$", text, re.MULTILINE):
+    for line in re.findall(r"^ *(?:python|torchrun .*?) ((?:\w+/)?\w+\.py .*)$", text, re.MULTILINE):
         script, _, rest = line.partition(" ")
         if script in help_of:
             used = re.findall(r"(?<![\w-])--?[a-z][\w-]*", rest.split(" #")[0])

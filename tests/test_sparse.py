@@ -93,6 +93,16 @@ def test_a_batch_of_several_blocks():
     check(pruned(build_model("resnet", 10, 8), 0.95), images(64, 3, 32, 32), images(50, 3, 32, 32))
 
 
+def test_convolutions_in_blocks_of_channels_and_bands_of_rows():
+    """Cut by the schedule: partial sums, a second convolution that follows the first, and an addition in place."""
+    torch.manual_seed(0)
+    wide, other = nn.Conv2d(3, 80, 3, padding=1), nn.Conv2d(80, 80, 5, padding=2)
+    narrow = nn.Sequential(wide, nn.ReLU(), other, nn.ReLU(), nn.Conv2d(80, 80, 3, 2), nn.Conv2d(80, 8, 1))
+    fast = check(pruned(narrow, 0.3), images(16, 3, 24, 24))
+    assert fast._prepared[3, 24, 24].block.c.count > 50
+    check(pruned(Forward(lambda m, x: x + m.other(m.conv(x)).relu()), 0.2), images(16, 4, 90, 90))
+
+
 def test_batchnorm_addition_and_relu_are_merged():
     ops = trace(pruned(build_model("resnet", 10, 20), 0.9)).ops
     assert [op.kind for op in ops] == ["conv"] * 21 + ["adaptive", "linear"]

@@ -17,8 +17,10 @@ from .sparse_plan import Plan
 from .sparse_program import KERNELS, Program, Shape
 from .sparse_terms import live_network
 from .sparse_trace import trace
+from .sparse_workspace import zeros
 
 KERNEL = Path(__file__).with_name("sparse_kernel.cpp")
+THREAD = 25_000  # vector operations, some 10 microseconds: less is not worth waking a thread for
 PLANS_KEPT = 8  # shapes of images for which a network keeps what it worked out
 
 
@@ -100,7 +102,6 @@ class SparseNetwork:
         total, left = sum(w.numel() for w in weights), sum(int(w.count_nonzero()) for w in weights)
         return f"SparseNetwork({len(weights)} layers, {left} of {total} weights, compiled={self.compiled})"
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return what the model returns.
 
@@ -121,7 +122,8 @@ class SparseNetwork:
             raise ValueError(f"images must be (N, C, H, W), not {tuple(images.shape)}: use unsqueeze(0) for one image")
         prepared = self._prepared.get(images.shape[1:]) or self._prepare(Shape(*images.shape[1:]))
         if self._kernel is None:
-            return self.program.run(images)
+            with torch.no_grad():
+                return self.program.run(images)
         images = images.contiguous()
         count = len(images)
         out = torch.empty((count, *prepared.output))
@@ -151,13 +153,15 @@ class SparseNetwork:
         rest = count % lanes
         turns = rest if count > lanes else -(-rest // threads)  # of single images that the rest would take
         singles = rest if turns <= prepared.alone else 0
-        threads = min(threads, -(-(count - singles) // lanes) + singles)
+        blocks = -(-(count - singles) // lanes)
+        work = blocks * prepared.block.cost + singles * prepared.image.cost
+        threads = max(min(threads, blocks + singles, int(work) // THREAD), 1)
         try:
             workspace = prepared.workspaces.pop()
         except IndexError:
             workspace = None
         if workspace is None or len(workspace) < threads * prepared.size:
-            workspace = torch.zeros(threads * prepared.size)
+            workspace = zeros(threads * prepared.size)
         plans = ctypes.byref(prepared.block.c), ctypes.byref(prepared.image.c)
         data = images.data_ptr(), out.data_ptr(), count, singles, threads, workspace.data_ptr(), prepared.size
         self._kernel.halo_sparse_run(*plans, *data)

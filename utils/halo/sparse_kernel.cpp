@@ -19,7 +19,7 @@
 #endif
 
 namespace {
-constexpr int TILE = LANES == 16 ? 16 : 8;  // vectors of one output channel held in registers: half of them
+constexpr int TILE = 8;  // vectors of one output channel held in registers
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 

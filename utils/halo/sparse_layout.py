@@ -93,8 +93,12 @@ class Memory:
     def _layout(self, shape: Shape, border: tuple[int, int], pitch: int) -> Layout:
         """Lay out one map with a border of rows and columns."""
         lead, body = border[0] * pitch + border[1], (shape.height + border[0]) * pitch
-        if not self.image:  # odd, since planes a power of two apart share the same few lines of the cache
-            return Layout(shape.height, shape.width, pitch, (lead + body) | 1, lead)
+        if not self.image:
+            # The first cache has 64 places for a unit, by its address: -11 puts ten pixels of one channel before those
+            # of the next. Small planes are only made odd, so as not to grow by much.
+            plane = (lead + body) | 1
+            plane += (-11 - plane) % 64 if plane > 500 else 0
+            return Layout(shape.height, shape.width, pitch, plane, lead)
         if lead == 0 and body == 1:
             return Layout(1, 1, 1, 1, 0)
         lead = up(lead, LINE)

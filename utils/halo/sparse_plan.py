@@ -9,45 +9,11 @@ from torch import Tensor
 
 from .sparse_layout import LINE, Memory
 from .sparse_program import Op, Shape
+from .sparse_schedule import Step, blocks_of, schedule
+from .sparse_structs import DOTS, MAX, SPLIT, STRIPS, SUM, TILES, CMap, COp, CPlan
 from .sparse_terms import Network, Terms, up, windows
 
-TILES, STRIPS, DOTS, MAX, SUM, SPLIT = range(6)  # the kernel's kinds
-NUMBERS = (
-    "kind relu height width stride_y stride_x source source_pitch source_plane output output_pitch output_plane "
-    "residual residual_pitch residual_plane count"
-)
-POINTERS = "channels starts terms bias windows scales mask"
-MAP = "offset pitch plane channels height width"
-
-
-class COp(ctypes.Structure):
-    """The kernel's struct Op."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in NUMBERS.split()),
-        *((name, ctypes.c_void_p) for name in POINTERS.split()),
-        ("step_y", ctypes.c_int64),
-        ("step_x", ctypes.c_int64),
-    ]
-
-
-class CMap(ctypes.Structure):
-    """The kernel's struct Map."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in MAP.split()]
-
-
-class CPlan(ctypes.Structure):
-    """The kernel's struct Plan."""
-
-    _fields_ = [
-        ("base", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("ops", ctypes.c_void_p),
-        ("input", CMap),
-        ("output", CMap),
-        ("wanted", ctypes.c_void_p),
-    ]
+PACKING = 4  # vector operations for a pixel of the images, until it lies in a block
 
 
 class Plan:
@@ -72,13 +38,14 @@ class Plan:
         self._keep: list[object] = []
         program, shapes = network.program, network.shapes
         scratch = up(self.memory.units, LINE)
-        ops = [part for op in program.ops for part in self._op(op, scratch)]
+        ops = schedule([Step(op, self._op(op, scratch)) for op in program.ops], unit=self.unit)
         self.size = up(self.unit * (scratch + self.scratch) + LINE, LINE)
         array = (COp * len(ops))(*ops)
         ends = [self._map(value, shapes[value]) for value in (0, program.output)]
         chunks = torch.nn.functional.pad(network.wanted.flatten(), (0, -network.wanted.numel() % lanes))
         wanted = self._pointer([*(chunks.view(-1, lanes).any(1).nonzero()[:, 0] * lanes).tolist(), -1])
         self._keep.append(array)
+        self.cost += 0 if image else PACKING * network.wanted.numel()
         self.c = CPlan(base, len(ops), ctypes.addressof(array), *ends, wanted)
 
     def _pointer(self, numbers: list | Tensor, dtype: torch.dtype = torch.int32) -> int:
@@ -106,10 +73,6 @@ class Plan:
         if op.output not in self.network.terms:
             return [self._pool(c, op)]
         terms = self.network.terms[op.output]
-        bias = op.bias if op.bias is not None else torch.zeros(shape.channels)
-        c.bias = self._pointer(bias[live], torch.float32)
-        counts = torch.bincount(terms.output, minlength=shape.channels)[live]
-        c.starts = self._pointer(torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
         c.kind = DOTS if self.memory.single(op) else STRIPS if self.memory.image else TILES
         parts, offsets = [c], terms.channel * source.plane + terms.row * source.pitch + terms.column
         if self.memory.splits(op):
@@ -117,23 +80,42 @@ class Plan:
             parts = [part, c]
         elif not self.memory.single(op):
             c.stride_y, c.stride_x = (axis.stride for axis in op.axes)
-        self._finish(c, terms, offsets)
+        self._count(c, len(offsets))
+        bias = op.bias if op.bias is not None else torch.zeros(shape.channels)
+        block = blocks_of(c, terms, op, self.unit)
+        for number in range(int(block.max()) if len(block) else 0):
+            parts.insert(-1, self._partial(c, terms, offsets, block == number, live, bias))
+            bias = torch.zeros(shape.channels)
+            c.residual, c.residual_pitch, c.residual_plane = c.output, c.output_pitch, c.output_plane
+        self._give(c, terms, offsets, block == block.max() if len(block) else block > 0, live, bias)
         return parts
 
-    def _finish(self, c: COp, terms: Terms, offsets: Tensor) -> None:
-        """Add the terms, the mask and the cost."""
-        size = offsets * self.unit * 4
+    def _partial(self, c: COp, *given: Terms | Tensor) -> COp:
+        """Return a convolution that only sums one block of the terms."""
+        part = COp.from_buffer_copy(c)
+        part.relu = 0
+        self._give(part, *given)
+        return part
+
+    def _give(self, c: COp, terms: Terms, offsets: Tensor, chosen: Tensor, live: Tensor, bias: Tensor) -> None:
+        """Let an operation start from the bias and add the chosen terms."""
+        size = offsets[chosen] * self.unit * 4
         if len(size) and int(size.abs().max()) >= 2**31:
             raise ValueError("the maps of these images are too large for sparse inference: give smaller images")
-        both = torch.stack([size.int(), terms.weight.float().view(torch.int32)], 1)
-        c.terms = self._pointer(both)
+        c.bias = self._pointer(bias[live], torch.float32)
+        counts = torch.bincount(terms.output[chosen], minlength=len(bias))[live]
+        c.starts = self._pointer(torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
+        c.terms = self._pointer(torch.stack([size.int(), terms.weight[chosen].float().view(torch.int32)], 1))
+
+    def _count(self, c: COp, terms: int) -> None:
+        """Add the cost, and the mask that strips need."""
         vectors = c.height * c.width
         if c.kind == STRIPS:
             vectors = up(c.height * c.output_pitch, self.lanes) // self.lanes
             pixel = torch.arange(vectors * self.lanes)
             inside = (pixel % c.output_pitch < c.width) & (pixel < c.height * c.output_pitch)
             c.mask = self._pointer(-inside.int())
-        self.cost += (len(size) + c.count) * vectors
+        self.cost += (terms + c.count) * vectors
 
     def _split(self, c: COp, op: Op, terms: Terms, scratch: int) -> tuple[COp, Tensor]:
         """Let a strided convolution read the phases of its input; return the operation that splits, and the offsets."""
