@@ -1,9 +1,11 @@
-"""The examples: the equations of minimal.py are HALO's, and it prints what its docstring says."""
+"""The examples: the equations of minimal.py are HALO's, it prints what its docstring says, and own_loop.py runs."""
 
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from utils.halo import HALO
+from utils.halo import HALO, prunable_weights
 
 
 def load(name: str) -> ModuleType:
@@ -69,3 +71,42 @@ def test_minimal_prints_what_its_docstring_says(tmp_path):
     assert at_95 > none_95 + 25
     first, small, large, correlation = map(float, re.findall(r"\d+\.\d{2,}", printed[printed.index("median") :]))
     assert small < first / 3 < first < large and correlation > 0.2  # lam parted: it adapted to the weights
+
+
+@pytest.fixture
+def own_loop(monkeypatch) -> ModuleType:
+    """examples/own_loop.py with a network of 185,000 weights instead of 11 million, which learns digits in a second."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    example = load("own_loop")
+
+    def small(classes: int) -> nn.Module:
+        sizes = [(3, 32), (32, 128), (128, 128)]
+        blocks = [(nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()) for i, o in sizes]
+        return nn.Sequential(*itertools.chain(*blocks), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+
+    monkeypatch.setattr(example, "full_network", example.network, raising=False)
+    monkeypatch.setattr(example, "network", small)
+    return example
+
+
+def test_own_loop_finds_the_package_and_keeps_more_than_no_penalty(own_loop, capsys):
+    assert Path(own_loop.halo.__file__) == ROOT / "utils" / "halo" / "__init__.py"
+    own_loop.main(own_loop.get_parser().parse_args([]))
+    said, seen = rows_of(own_loop.__doc__), rows_of(capsys.readouterr().out)
+    assert list(said) == list(seen) == ["no penalty", "HALO"]
+    for halo, none in ((said["HALO"], said["no penalty"]), (seen["HALO"], seen["no penalty"])):
+        assert min(halo[0], none[0]) > 90
+        assert halo[2] > 90 > none[2] + 10  # at 0.9, where chance is 10
+
+
+def test_own_loop_takes_folders(own_loop, images, capsys):
+    own_loop.main(own_loop.get_parser().parse_args(["--data", str(images), "--epochs", "1"]))
+    assert len(rows_of(capsys.readouterr().out)["HALO"]) == len(own_loop.FRACTIONS)
+
+
+def test_own_loop_trains_a_resnet18_for_small_images(own_loop):
+    model = own_loop.full_network(7)
+    assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
+    assert (
+        sum(w.numel() for w in prunable_weights(model).values()) == 11_159_232
+    )  # all convolutions, not the classifier
