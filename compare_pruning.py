@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from models import with_depth
 from utils import options
 from utils.logger import say
 from utils.plot_methods import plot_comparison
@@ -39,11 +40,11 @@ def read_report(path: str) -> tuple[dict, dict[float, float]]:
     """
     try:
         report = read_json(path)
-        if report is None:
-            raise ValueError(f"{path} does not exist: give a prune.json of cifar_prune_iterative.py")
-        return {key: report[key] for key in COMPARED}, accuracies_of(report)
-    except (OSError, KeyError, TypeError) as error:
+        if report is not None:
+            return {key: report[key] for key in COMPARED}, accuracies_of(report)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no prune.json of cifar_prune_iterative.py: give that file") from error
+    raise ValueError(f"{path} does not exist: give a prune.json of cifar_prune_iterative.py")
 
 
 def require_alike(runs: Mapping[str, Mapping]) -> None:
@@ -71,7 +72,7 @@ def print_table(runs: Mapping[str, Mapping[float, float]]) -> None:
 
 def describe(settings: Mapping[str, Mapping]) -> str:
     """Return a title: what the runs are of, and that single runs name no winner."""
-    names = {f"{s['dataset']}, {s['arch']}" + (f" {s['depth']}" if s["depth"] else "") for s in settings.values()}
+    names = {f"{s['dataset']}, {with_depth(s['arch'], s['depth'])}" for s in settings.values()}
     what = names.pop() if len(names) == 1 else f"{len(names)} different data sets or networks"
     return f"{what}: top-1 after pruning\none run each (n = 1): no spread is known, so no winner is named"
 

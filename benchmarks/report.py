@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from utils.plots import DARK, LIGHT, MIDDLE, save_figure
+from utils.plot_style import DARK, LIGHT, MIDDLE, legend_below, save_figure
 
 
 def cell(value: object) -> str:
@@ -34,22 +34,26 @@ def plot_scaling(table: Sequence[dict], path: str | Path) -> None:
         path: PNG to write.
     """
     counts = [row["parameters"] for row in table]
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
     whole, each = figure.subplots(1, 2)
-    forms = {"autograd": ("s--", LIGHT), "pieces": ("^:", MIDDLE), "compiled": ("o-", DARK)}
-    for form, (style, colour) in forms.items():
-        times = [row[f"{form} ms"] for row in table]
-        whole.plot(counts, times, style, color=colour, label=form)
-        each.plot(counts, [1e6 * t / n for t, n in zip(times, counts, strict=True)], style, color=colour, label=form)
+    forms = {
+        "autograd": ("s--", LIGHT, "autograd"),
+        "pieces": ("^:", MIDDLE, "without a C++ compiler"),
+        "compiled": ("o-", DARK, "one compiled pass"),
+    }
+    nanoseconds = {form: [1e6 * row[f"{form} ms"] / row["parameters"] for row in table] for form in forms}
+    for form, (style, colour, label) in forms.items():
+        whole.plot(counts, [row[f"{form} ms"] for row in table], style, color=colour, label=label)
+        each.plot(counts, nanoseconds[form], style, color=colour, label=label)
     whole.set(xscale="log", yscale="log", xlabel="parameters", ylabel="penalty and step of lam (ms)")
     each.set(xscale="log", yscale="log", xlabel="parameters", ylabel="the same for each parameter (ns)")
     for axes in (whole, each):
         axes.grid(alpha=0.3)
-        axes.legend()
+    legend_below(figure, whole.get_legend_handles_labels()[0])
+    ends = " to ".join(f"{pick(nanoseconds['compiled']):.2g}" for pick in (min, max))
     ratio = table[-1]["autograd ms"] / table[-1]["compiled ms"]
-    figure.suptitle(
-        f"The cost is linear in the parameters; at {counts[-1]:.0e} one pass takes 1/{ratio:.0f} of autograd"
-    )
+    title = f"One compiled pass takes {ends} ns a parameter at every size"
+    figure.suptitle(f"{title},\nat {counts[-1] / 1e6:,.0f} million parameters 1/{ratio:.0f} of autograd's time")
     save_figure(figure, path)
 
 

@@ -111,6 +111,11 @@ def resolve_depth(arch: str, depth: int | None) -> int | None:
     raise ValueError(f"--depth {depth} contradicts --arch {arch}: {remedy}")
 
 
+def with_depth(arch: str, depth: int | None) -> str:
+    """Return the name of an architecture, with its depth where there is one to choose, such as "resnet 20"."""
+    return f"{arch} {depth}" if depth and arch in ARCHS and ARCHS[arch].depths else arch
+
+
 def build_model(
     arch: str, num_classes: int, depth: int | None = None, *, widths: Mapping[str, Sequence[int]] | None = None
 ) -> nn.Module:

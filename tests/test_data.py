@@ -1,6 +1,7 @@
 """Loading, augmentation against torchvision, and what is wrong with a folder."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,13 +188,19 @@ def test_cifar_from_torchvisions_files(tmp_path, monkeypatch):
 def test_a_failed_download_says_how_to_place_the_files(tmp_path, monkeypatch):
     from torchvision import datasets
 
-    def refuse(*_, **__):
+    def refuse(root, **_):
+        Path(root, "raw").mkdir(parents=True, exist_ok=True)
         raise OSError("no route to host")
 
     refuse.base_folder = "cifar-100-python"
     monkeypatch.setattr(datasets, "CIFAR100", refuse)
     with pytest.raises(ValueError, match=r"no route to host.*cifar100/\{train,test\}.*by hand"):
-        load_dataset("cifar100", tmp_path)
+        load_dataset("cifar100", tmp_path / "new")
+    assert not (tmp_path / "new").exists()  # a path that was mistyped
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(ValueError, match="no route to host"):
+        load_dataset("cifar100", tmp_path / "kept")
+    assert (tmp_path / "kept").exists()
 
 
 def damage(root, how):

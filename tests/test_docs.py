@@ -62,3 +62,48 @@ def test_the_page_of_pages_names_them_all():
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 12 * 1024
+
+
+def test_readme_goes_from_what_one_gets_to_the_licence():
+    titles = re.findall(r"^## (.*)$", (ROOT / "README.md").read_text(), flags=re.M)
+    first = ["When to use it, and when not", "Two commands", "In a training loop of your own", "The pipeline"]
+    last = ["The authors' README, command by command", "How long does it take?", "The tree", "Speed", "Cite", "Licence"]
+    assert titles == first + last
+
+
+def test_no_sentence_of_the_readme_has_more_than_two_numbers():
+    """Outside tables, code and links; a number in a name (CIFAR-10, torch 2.14, Zen 4) is none."""
+    text = re.sub(
+        r"```.*?```|^ {4}.*?$|^[|#].*?$|`[^`]*`|\]\(.*?\)", "", (ROOT / "README.md").read_text(), flags=re.S | re.M
+    )
+    text = re.sub(r"(torch|Python|Zen|arXiv) [\d.]+", "", text)
+    sentences = [s for block in re.split(r"\n\n|\n- ", text) for s in re.split(r"(?<=[.:])\s", block)]
+    found = {s: re.findall(r"(?<![\w.-])\d(?:[\d.,]*\d)?", s) for s in sentences}
+    assert sum(map(len, found.values())) > 5
+    assert [s for s, numbers in found.items() if len(numbers) > 2] == []
+
+
+def test_the_loop_of_the_readme_runs():
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    import utils.halo
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 2))
+    names = {"model": model, "steps": 4, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)}
+    names |= {"batches": [(torch.randn(8, 1, 8, 8), torch.arange(8) % 2)] * 4, "cross_entropy": cross_entropy}
+    exec(code.replace("from halo import", "from utils.halo import"), names)
+    assert sum((w == 0).sum().item() for w in utils.halo.prunable_weights(model).values()) == round(0.95 * 36)
+
+
+def test_the_version_has_its_section_in_the_changelog():
+    import utils.halo
+
+    titles = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    versions = [
+        re.fullmatch(r"(\d+\.\d+\.\d+) \(\d{4}-\d\d-\d\d\)", title) for title in titles if title != "Unreleased"
+    ]
+    assert all(versions) and versions[0][1] == utils.halo.__version__
+    assert f"version: {utils.halo.__version__}\n" in (ROOT / "CITATION.cff").read_text()

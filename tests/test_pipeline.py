@@ -245,8 +245,22 @@ def test_comparison_of_runs(network, tmp_path, capsys, fails_in):
     assert lines[3] == f"| two | {before} |  | {after} |"  # empty where it was not pruned
     assert lines[2].startswith(f"| one | {before} | ") and lines[2].endswith(f" | {after} |")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
-    assert fails_in(compare_pruning, tmp_path / "c.png")[0] == 1
+    status, line = fails_in(compare_pruning, tmp_path / "c.png")
+    assert status == 1 and "no prune.json" in line and "remove" not in line
     assert "--overwrite" in fails_in(compare_pruning, *files, "--save", tmp_path / "c.png")[1]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "lost"),
+    [(0.95, {0.5: 0.0, 0.95: 1.0}), (0.5, {0.5: 0.0, 0.95: 1.01}), (0.5, {0.5: 30.0, 0.95: 40.0, 0.99: 50.0})],
+)
+def test_the_sentence_is_computed_from_the_numbers(ratio, lost):
+    """The highest common ratio that costs the last run a point at most; the lowest where each costs more."""
+    last = {0.0: 90.0} | {r: 90.0 - points for r, points in lost.items()}
+    first = {0.0: 91.0, 0.5: 80.0, 0.95: 20.0, 0.98: 10.0}
+    words = f"none has {first[ratio]:.2f}% of 91.00% top-1 left, HALO has {last[ratio]:.2f}% of 90.00% top-1 left."
+    sentence = compare_pruning.finding({"none": first, "HALO": last})
+    assert sentence == f"With {100 * ratio:g}% of the weights removed at once and no training after it, {words}"
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def assert_readable(figure):
                 assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes(labels), 2)), axis
     for legend in figure.legends:
         assert not any(legend.get_window_extent().overlaps(axes.get_tightbbox()) for axes in figure.axes)
+        assert legend.get_window_extent().x0 >= 0 and legend.get_window_extent().x1 <= figure.bbox.x1
     labels = [axis.label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
     labels = [label for label in labels if label.get_text()]
     for box in boxes([figure._suptitle, *labels]):
@@ -226,6 +227,30 @@ def test_many_seeds_have_bars_and_few_have_points(figure):
 
     assert "." in marks(3) and "_" not in marks(3)
     assert "_" in marks(4) and "." not in marks(4)
+
+
+def test_few_seeds_that_were_not_kept_have_bars_that_say_so(figure):
+    rows = [row(m, r, [98.0, 98.1, 98.3]) for m in ("L1", "HALO") for r in RATIOS]
+    for number, each in enumerate(rows):
+        rows[number] = {key: value for key, value in each.items() if key not in ("top1_seeds", "failed")}
+    drawn = figure(plot_study, rows, title="t")
+    assert_readable(drawn)
+    texts = [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert texts == ["L1", "HALO", "± standard deviation over seeds, where single seeds were not kept"]
+
+
+@pytest.mark.parametrize("recalibrated", [False, True])
+def test_a_pruned_network_begins_before_pruning(figure, recalibrated):
+    results = [{"sparsity": ratio, "after": {"top1": 90.0 - ratio}} for ratio in (0.99, 0.5)]
+    results = [r | {"recalibrated": {"top1": 91.0}} for r in results] if recalibrated else results
+    report = {"before": {"top1": 92.0, "sparsity": 0.0}, "results": results, "images": "test", "scheme": "global"}
+    report |= {"dataset": "cifar10", "arch": "resnet", "depth": 20}
+    drawn = figure(plots.plot_accuracy_vs_sparsity, report)
+    assert_readable(drawn)
+    lines = {line.get_label(): line.get_xydata() for line in drawn.axes[0].lines}
+    np.testing.assert_allclose(lines["pruned"], [[1, 92], [0.5, 89.5], [0.01, 89.01]])
+    assert ("pruned, BatchNorm recalibrated" in lines) == recalibrated
+    assert drawn._suptitle.get_text().endswith("cifar10, resnet 20, global pruning")
 
 
 def test_front_is_what_no_other_point_beats():

@@ -143,7 +143,7 @@ OLD_OPTIONS = ("image_size", "padding", "no_flip")
 
 
 def as_older_version_wrote(path):
-    """Take out of a checkpoint what versions before 0.2 did not write."""
+    """Take out of a checkpoint what versions before 0.1.0 did not write."""
     state = load_checkpoint(path)
     state = {key: value for key, value in state.items() if key not in OLD}
     state["config"] = {key: value for key, value in state["config"].items() if key not in OLD_OPTIONS}
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_an_older_version_resumes_bit_for_bit(tmp_path):
 
 
 def test_an_older_folder_run_keeps_its_squashed_images_and_its_mean(tiny, images, tmp_path, fails):
-    """Versions before 0.2 normalised and resized every folder as CIFAR's."""
+    """Versions before 0.1.0 normalised and resized every folder as CIFAR's."""
     train(*tiny, "--epochs", 1)
     checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
     as_older_version_wrote(checkpoint)

@@ -137,6 +137,13 @@ def test_a_run_says_what_it_is_and_what_comes_next(tiny, tmp_path, images, capsy
     assert output.splitlines()[-1].startswith(f"wrote in {tmp_path / 'run' / 'pruned'}: {names}")
 
 
+def test_with_held_out_images_the_end_says_how_the_best_epoch_does_on_the_test_images(tiny, capsys):
+    summary = train(*tiny, "--epochs", "1", "--schedule", "--val_split", "6")
+    line = capsys.readouterr().out.splitlines()[-2]
+    assert line.startswith("val top-1 ")
+    assert line.endswith(f"(epoch 1); its test top-1 {summary['test_of_best']['top1']:.2f}%")
+
+
 def test_the_first_lines_come_before_anything_slow(tiny, monkeypatch):
     """They are to come within a second of the data: before the optimizers, which load a second and more of torch."""
     from utils.training import experiment

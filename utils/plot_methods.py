@@ -118,14 +118,16 @@ def _close_up_limits(rows: Sequence[Mapping], region: Sequence[float]) -> tuple[
 
 def _keys(rows: Sequence[Mapping], handles: list[Line2D]) -> list[Line2D]:
     """Return the handles of a legend with what the small marks mean."""
-    few, bars = any(map(one_by_one, rows)), any(not one_by_one(row) and row["top1_std"] for row in rows)
-    if few:
-        handles.append(Line2D([], [], color="black", marker=".", linestyle="", label="one seed"))
-    if bars:
-        handles.append(Line2D([], [], color="black", marker="_", label="± standard deviation over seeds"))
+    barred = [row for row in rows if not one_by_one(row) and row["top1_std"]]
+    keys = {".": "one seed"} if any(map(one_by_one, rows)) else {}
+    if barred:
+        lost = ", where single seeds were not kept" if any(row["n"] <= FEW for row in barred) else ""
+        keys["|"] = f"± standard deviation over seeds{lost}"
     if any(any(row.get("failed", ())) for row in rows):
-        label = "failed to learn (there the median is drawn)"
-        handles.append(Line2D([], [], color="black", marker="x", linestyle="", markeredgewidth=2, label=label))
+        keys["x"] = "failed to learn (there the median is drawn; at the edge: below it)"
+    for marker, label in keys.items():
+        style = {"linestyle": "", "markeredgewidth": 1 if marker == "|" else 2, "markersize": 5 if marker == "." else 9}
+        handles.append(Line2D([], [], color="black", marker=marker, label=label, **style))
     return handles
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -127,6 +128,9 @@ def sparsity_axis(axes: Axes, ratios: Iterable[float]) -> dict[float, float]:
 
 def legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
     """Put a legend below the axes, where it covers nothing, in as many columns as the width holds."""
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = max(1, int(figure.get_figwidth() * 13 / (longest + 8)))
-    figure.legend(handles=list(handles), loc="outside lower center", ncols=min(columns, len(handles)), fontsize=9)
+    widths = [len(str(handle.get_label())) + 8 for handle in handles]  # in characters, with the handle and the gap
+    room = 12.5 * figure.get_figwidth()
+    columns = len(widths)
+    while columns > 1 and sum(max(part) for part in np.array_split(widths, columns)) > room:
+        columns -= 1
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, fontsize=9)

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from models import with_depth
 from utils.plot_style import DARK, LIGHT, MIDDLE, legend_below, looks, save_figure, sparsity_axis
 from utils.run import portable_path
 
@@ -42,7 +43,7 @@ def plot_curves(history: Sequence[dict], path: str | Path, *, title: str) -> Non
     accuracy.set(ylabel="top-1 (%)")
     if count == 4:
         panels[1].plot(epochs, penalties, "^-", color=MIDDLE, markersize=3)
-        panels[1].set(ylabel="penalty, after the epoch", yscale=_spread_scale(penalties))
+        panels[1].set(ylabel="penalty after the epoch (nats)", yscale=_spread_scale(penalties))
     line(rate, [row["lr"] for row in history], "weights", "o-", DARK)
     if history[0]["reg_lr"] != "":
         line(rate, [row["reg_lr"] for row in history], "lam", "s--", LIGHT)
@@ -73,16 +74,17 @@ def plot_accuracy_vs_sparsity(report: Mapping, path: str | Path) -> None:
     axes = figure.subplots()
     before, results = report["before"], sorted(report["results"], key=lambda result: result["sparsity"])
     at = sparsity_axis(axes, {part["sparsity"] for part in (before, *results)})
-    x = [at[result["sparsity"]] for result in results]
     axes.axhline(before["top1"], color=MIDDLE, linestyle=":", label="before pruning")
-    axes.plot(x, [result["after"]["top1"] for result in results], "o-", color=DARK, label="pruned")
+    x = [at[result["sparsity"]] for result in results]
+    y = [result["after"]["top1"] for result in results]
+    axes.plot([at[before["sparsity"]], *x], [before["top1"], *y], "o-", color=DARK, label="pruned")
     if "recalibrated" in results[0]:
         y = [result["recalibrated"]["top1"] for result in results]
         axes.plot(x, y, "s--", color=LIGHT, label="pruned, BatchNorm recalibrated")
     axes.set(ylabel=f"{report['images']} top-1 (%)")
     legend_below(figure, axes.get_legend_handles_labels()[0])
     last = f"{results[-1]['after']['top1']:.2f}% at sparsity {results[-1]['sparsity']:.3f}"
-    name = f"{report['dataset']}, {report['arch']}, {report['scheme']} pruning"
+    name = f"{report['dataset']}, {with_depth(report['arch'], report['depth'])}, {report['scheme']} pruning"
     figure.suptitle(f"top-1 {before['top1']:.2f}% before pruning, {last}\n{name}")
     save_figure(figure, path)
 
@@ -106,8 +108,7 @@ def plot_layers(layers: Sequence[dict], path: str | Path, *, title: str) -> None
     sparsity = [layer["sparsity"] for layer in layers]
     axes.barh(names, sparsity, color=DARK, label="sparsity (zeros)")
     axes.barh(names, [1 - s for s in sparsity], left=sparsity, color=LIGHT, label="density (left)")
-    axes.invert_yaxis()
-    axes.set(xlabel="fraction of the layer's weights", xlim=(0, 1))
+    axes.set(xlabel="fraction of the layer's weights", xlim=(0, 1), ylim=(len(names) - 0.4, -0.6))
     legend_below(figure, axes.get_legend_handles_labels()[0])
     figure.suptitle(title)
     save_figure(figure, path)

@@ -24,7 +24,7 @@ def load_model(path: str | Path, *, arch: str | None = None) -> nn.Module:
     Returns:
         The network in evaluation mode, on the CPU. Its `preprocess` (`utils.files.preprocessing.Preprocessing`) turns
         a PIL image, or uint8 pixels, into its input; its `class_names` name its outputs, None where a file does not
-        tell (the authors', and those of versions before 0.2).
+        tell (the authors', and those of versions before 0.1.0).
 
     Raises:
         CheckpointError: the file is unusable, or of no network that can be built.

@@ -24,7 +24,7 @@ class Preprocessing:
         shape: channels (1 or 3), height and width.
         mean, std: of the training pixels in [0, 1], per channel.
         resize: "crop" resizes the shorter side and cuts the centre out; "squash" resizes both sides, as versions
-            before 0.2 did with image folders.
+            before 0.1.0 did with image folders.
     """
 
     shape: tuple[int, int, int]
@@ -109,7 +109,7 @@ def _resized(image: Image, width: int, height: int, *, squash: bool) -> Image:
 CIFAR = Preprocessing(RGB, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # the release's, for both CIFARs
 PLAIN = Preprocessing(GREY, (0.0,), (1.0,))  # pixels in [0, 1] as they are
 DIGITS = Preprocessing(RGB, (0.3057,) * 3, (0.3238,) * 3)
-OLDER_FOLDER = Preprocessing(RGB, CIFAR.mean, CIFAR.std, "squash")  # what versions before 0.2 did with -d folder
+OLDER_FOLDER = Preprocessing(RGB, CIFAR.mean, CIFAR.std, "squash")  # what versions before 0.1.0 did with -d folder
 BY_NAME = {"cifar10": (CIFAR,), "cifar100": (CIFAR,), "digits": (DIGITS, PLAIN), "mnist": (PLAIN,)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,19 @@ def _cifar_split(dataset: object) -> Split:
     return Split(images, torch.tensor(dataset.targets))
 
 
+def _downloaded(dataset: Callable[..., object], root: Path) -> list:
+    """Return torchvision's training and test images; where nothing can be had, leave no empty folders behind."""
+    new = not root.exists()
+    try:
+        return [dataset(str(root), train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError):
+        if new and root.is_dir():
+            for folder in (*sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True), root):
+                with suppress(OSError):  # it holds something
+                    folder.rmdir()
+        raise
+
+
 def load_cifar(root: Path, preprocessing: Preprocessing, *, num_classes: int) -> tuple[Split, Split, tuple[str, ...]]:
     """Load CIFAR: torchvision's files if they are there, else class folders, else torchvision's download."""
     from torchvision import datasets
@@ -48,7 +62,7 @@ def load_cifar(root: Path, preprocessing: Preprocessing, *, num_classes: int) ->
     if folders.exists() and not (root / official.base_folder).exists():
         return load_folder(folders, preprocessing, num_classes=num_classes)
     try:
-        splits = [official(str(root), train=train, download=True) for train in (True, False)]
+        splits = _downloaded(official, root)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"cannot download CIFAR-{num_classes} to {root} ({error}): place torchvision's files "
@@ -63,7 +77,7 @@ def load_mnist(root: Path, preprocessing: Preprocessing) -> tuple[Split, Split, 
     from torchvision import datasets
 
     try:
-        splits = [datasets.MNIST(str(root), train=train, download=True) for train in (True, False)]
+        splits = _downloaded(datasets.MNIST, root)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"cannot download MNIST to {root} ({error}): place the four *-ubyte files in {root / 'MNIST' / 'raw'} "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from models import with_depth
 from utils import plot_lambda, plots
 from utils.distributed import is_main
 from utils.files.atomic import atomic_write
@@ -45,13 +46,15 @@ def write_outputs(run: Experiment) -> dict:
     draw_regularization(run.folder, last, vars(run.args))
     write_json(run.folder / "summary.json", summary)
     result = f"{run.held_out} top-1 {last[top1]:.2f}% after {run.epoch} epochs"
-    say(f"{result}; best {best[top1]:.2f}% (epoch {best['epoch']})")
+    test = f"; its test top-1 {summary['test_of_best']['top1']:.2f}%" if "test_of_best" in summary else ""
+    say(f"{result}; best {best[top1]:.2f}% (epoch {best['epoch']}){test}")
     say(f"outputs in {run.folder}; next, prune: {next_command(run.args, run.folder / 'final.pth.tar')}")
     return summary
 
 
 def _name(arguments: Mapping) -> str:
-    return "{dataset}, {arch}, penalty {penalty}, seed {seed}".format(**arguments)
+    network = with_depth(arguments["arch"], arguments["depth"])
+    return "{dataset}, {}, penalty {penalty}, seed {seed}".format(network, **arguments)
 
 
 def draw_curves(folder: Path, history: Sequence[dict], arguments: Mapping) -> None:
