@@ -7,6 +7,11 @@ is trained as the run was, and measured on its held-out images. Leaves adaptivit
 and a folder for each control. Stopped, the same command goes on where it was.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
+    from utils.interrupts import leave_when_interrupted
+
+    leave_when_interrupted()
+
 import argparse
 import shlex
 import sys

@@ -7,6 +7,11 @@ Leaves in --save_dir: pruned_<percent>.pth.tar for each ratio, prune.json, prune
 accuracy_vs_sparsity.csv and .png. A pruned file can be pruned again: ratios count the weights that are not zero.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
+    from utils.interrupts import leave_when_interrupted
+
+    leave_when_interrupted()
+
 import argparse
 
 from models import CIFAR_ARCHS

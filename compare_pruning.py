@@ -6,6 +6,11 @@ Prints a table in Markdown: top-1 before pruning and at every ratio that a run h
 pruned at that ratio. All runs must be of one network on the same images, unless --mixed says otherwise.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
+    from utils.interrupts import leave_when_interrupted
+
+    leave_when_interrupted()
+
 import argparse
 from collections.abc import Mapping
 from pathlib import Path

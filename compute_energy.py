@@ -7,6 +7,11 @@ Writes OUT.npz (eigenvalues by layer name, descending, of sum 1), OUT.json (how 
 the effective rank) and OUT.png. Several checkpoints are overlaid: --checkpoint dense.pth.tar halo.pth.tar.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
+    from utils.interrupts import leave_when_interrupted
+
+    leave_when_interrupted()
+
 import argparse
 from pathlib import Path
 

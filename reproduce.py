@@ -8,6 +8,11 @@ Stop it whenever you like: the same command goes on where it was. Leaves in --ou
 a folder for every run, chosen.json, table.md, table.csv, accuracy_vs_sparsity.png and pareto.png.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
+    from utils.interrupts import leave_when_interrupted
+
+    leave_when_interrupted()
+
 import argparse
 import dataclasses
 import os

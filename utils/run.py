@@ -7,10 +7,8 @@ import json
 import math
 import os
 import platform
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch
 from utils.distributed import is_main, processes
 from utils.files.atomic import atomic_write, write_text
 from utils.files.lock import folder_lock
+from utils.interrupts import Terminated, raised_when_interrupted
 from utils.logger import show_warnings_as_notes
 from utils.options import OptionError
 
@@ -31,15 +30,6 @@ RUN_FILES = """
     init.pth.tar checkpoint.pth.tar model_best.pth.tar final.pth.tar
     train_accs.npy train_losses.npy test_accs.npy test_losses.npy conv_params.npy reg_params.npy
 """.split()
-
-
-class Terminated(KeyboardInterrupt):
-    """A signal to end, as a batch system sends it, or torchrun when another process of the job has ended."""
-
-
-def terminate(signal_number: int, frame: object) -> NoReturn:
-    """Handle SIGTERM as Ctrl-C is handled."""
-    raise Terminated
 
 
 def run_script(
@@ -54,13 +44,13 @@ def run_script(
         parser: reads them.
         distributed: whether main shares its work between the processes of torchrun.
     """
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, terminate)
-    show_warnings_as_notes()
     try:
-        if processes() > 1 and not distributed:
-            raise OptionError(f"{parser.prog} runs in one process: start it with python, not torchrun")
-        main(args)
+        with raised_when_interrupted():
+            args = parser.parse_args()
+            show_warnings_as_notes()
+            if processes() > 1 and not distributed:
+                raise OptionError(f"{parser.prog} runs in one process: start it with python, not torchrun")
+            main(args)
     except KeyboardInterrupt as error:
         parser.exit(143 if isinstance(error, Terminated) else 130, f"\n{parser.prog}: {str(error) or 'interrupted'}\n")
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
@@ -69,24 +59,6 @@ def run_script(
         message = f"{parser.prog}: error: {text}\n" if is_main() or not wrong_options else None
         parser.exit(2 if wrong_options else 1, message)
     sys.exit(0)
-
-
-@contextmanager
-def interrupt_later() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block has ended, so that a save is never cut in two."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda *arguments: received.append(arguments)) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    for number, _ in received[:1]:
-        signal.raise_signal(number)
 
 
 def set_seed(seed: int) -> torch.Generator:

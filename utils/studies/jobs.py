@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from utils.interrupts import deaf_children
 from utils.run import read_json, write_json
 from utils.stages.prune import prune_and_evaluate
 from utils.studies.study import CONTROLS, Config, Study, choose, pruning_arguments, run_folder, training_arguments
@@ -183,7 +184,8 @@ def run_jobs(jobs: list[Job], *, processes: int) -> Iterator[tuple[Job, float]]:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=prepare_worker, initargs=(threads,))
     try:
-        waiting = {pool.submit(run_job, job): job for job in jobs}
+        with deaf_children():
+            waiting = {pool.submit(run_job, job): job for job in jobs}
         for future in as_completed(waiting):
             yield waiting[future], future.result()
     except BrokenProcessPool as error:

@@ -18,9 +18,10 @@ from utils.files.record import read_record
 from utils.halo.masks import FixedZeros
 from utils.halo.parameters import penalized_parameters
 from utils.halo.penalties import Penalty, make_penalty
+from utils.interrupts import interrupt_later
 from utils.logger import epoch_line, result_text, say, warn
 from utils.options import OptionError
-from utils.run import choose_device, clear_run, describe, interrupt_later, run_folder, set_seed, write_json
+from utils.run import choose_device, clear_run, describe, run_folder, set_seed, write_json
 from utils.training import loading
 from utils.training.announce import compute_line, data_line, network_line
 from utils.training.compiled import CompiledNetwork
