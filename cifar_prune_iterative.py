@@ -34,7 +34,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save_dir", metavar="DIR", help="the outputs (default: the folder pruned beside --resume)")
     text = "measure on the N held-out training images of a run with the same --val_split, not on the test images"
     parser.add_argument("--val_split", type=options.whole(0), default=0, metavar="N", help=text)
-    parser.add_argument("--seed", type=options.whole(0), default=1, help="seed of the random schemes")
+    parser.add_argument(
+        "--seed", type=options.whole(0, high=options.MOST_SEED), default=1, help="seed of the random schemes"
+    )
     return parser
 
 

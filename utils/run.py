@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +20,7 @@ import torch
 from utils.distributed import is_main, processes
 from utils.files.atomic import atomic_write, write_text
 from utils.files.lock import folder_lock
+from utils.files.texts import CHECKSUM, checksum, parse_json
 from utils.interrupts import Terminated, raised_when_interrupted
 from utils.logger import show_warnings_as_notes
 from utils.options import OptionError
@@ -53,12 +54,19 @@ def run_script(
             main(args)
     except KeyboardInterrupt as error:
         parser.exit(143 if isinstance(error, Terminated) else 130, f"\n{parser.prog}: {str(error) or 'interrupted'}\n")
-    except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_lack_of_memory(error):
+            raise
         text = " ".join(str(error).split()) or type(error).__name__
         wrong_options = isinstance(error, OptionError)  # the same in all processes: the first says it
         message = f"{parser.prog}: error: {text}\n" if is_main() or not wrong_options else None
         parser.exit(2 if wrong_options else 1, message)
     sys.exit(0)
+
+
+def _is_lack_of_memory(error: RuntimeError) -> bool:
+    """Tell whether torch found too little memory; on the CPU it has no type of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def set_seed(seed: int) -> torch.Generator:
@@ -117,7 +125,7 @@ def prepare_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None
     Raises:
         ValueError: it holds a file of a run that is not the one to resume, and `overwrite` is off.
     """
-    own = resume is not None and Path(resume).resolve().parent == folder.resolve()
+    own = resume is not None and os.path.dirname(os.path.realpath(resume)) == os.path.realpath(folder)
     there = [name for name in RUN_FILES if (folder / name).exists()]
     if there and not own and not overwrite:
         checkpoint = folder / "checkpoint.pth.tar"
@@ -129,6 +137,24 @@ def prepare_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None
     for name in RUN_FILES:
         for rest in folder.glob(f".{name}.*.tmp"):
             rest.unlink(missing_ok=True)
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder for the block; if the block fails before it wrote anything, nothing is left of it.
+
+    Raises:
+        OSError: it cannot be made or written to.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        require_writable(folder, make=True)
+        yield
+    except BaseException:
+        with suppress(OSError):  # it holds something
+            for path in new:
+                path.rmdir()
+        raise
 
 
 @contextmanager
@@ -147,28 +173,47 @@ def run_folder(args: argparse.Namespace) -> Iterator[None]:
         yield
         return
     folder = Path(args.save_dir)
-    require_writable(folder, make=True)
-    with folder_lock(folder, remedy="choose another --save_dir"):
+    with made_folder(folder), folder_lock(folder, remedy="choose another --save_dir"):
         prepare_folder(folder, resume=args.resume, overwrite=args.overwrite)
         yield
 
 
-def refuse_existing(paths: Iterable[Path], *, overwrite: bool, make_folder: bool = False) -> None:
+def refuse_existing(paths: Iterable[Path], *, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
     """Refuse to replace outputs, or to write where nothing can be written.
 
     Args:
         paths: the files to come.
         overwrite: whether they may replace others.
-        make_folder: make the folder they go to if it is missing.
+        inputs: files that are read, which no output may replace.
 
     Raises:
-        ValueError: a file exists already.
-        OSError: a folder is missing, or cannot be made or written to.
+        ValueError: a file exists already, is read, is named twice, or is no file (a device would be replaced by one).
+        OSError: a folder is missing, or cannot be written to.
     """
+    read, named = {os.path.realpath(path) for path in inputs}, set()
     for path in paths:
-        if path.exists() and not overwrite:
+        place = os.path.realpath(path)
+        if place in read | named:
+            other = "is to be read" if place in read else "is named for two outputs"
+            raise ValueError(f"{path} {other}: give each file a name of its own")
+        named.add(place)
+        if os.path.lexists(path) and not overwrite:
             raise ValueError(f"{path} exists already: give --overwrite or another place")
-        require_writable(path.parent, make=make_folder)
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is a folder or a device: give the name of a file")
+        require_writable(path.parent, make=False)
+
+
+@contextmanager
+def all_or_none(paths: Iterable[Path]) -> Iterator[None]:
+    """Take away what the block has newly written of some files if it fails, so that the same command can run again."""
+    new = [path for path in paths if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def clear_run(folder: Path) -> None:
@@ -239,21 +284,19 @@ def portable_arguments(arguments: Iterable[str]) -> list[str]:
 
 
 def read_json(path: str | Path) -> dict | None:
-    """Read a JSON file; None if there is none.
+    """Read a JSON file that holds an object; None if there is none.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, does not have the checksum that it states, or is no object.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return parse_json(path)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it") from error
 
 
 def write_json(path: str | Path, content: dict) -> None:
-    """Write a JSON file atomically; NaN and infinity, which JSON lacks, become null.
+    """Write a JSON file atomically, with a checksum; NaN and infinity, which JSON lacks, become null.
 
     Every text that is an absolute path is written as portable_path names it: such files are kept, committed and read
     on other machines, so none of them may be needed to find a file again.
@@ -271,4 +314,5 @@ def write_json(path: str | Path, content: dict) -> None:
             return portable_arguments([str(value)])[0]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    write_text(path, json.dumps(clean(content), indent=2) + "\n")
+    cleaned = clean(content)
+    write_text(path, json.dumps(cleaned | {CHECKSUM: checksum(cleaned)}, indent=2) + "\n")

@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import mean
 
 from utils.logger import duration, say
-from utils.run import REPOSITORY, read_json, write_json
+from utils.run import REPOSITORY, write_json
 from utils.studies.jobs import Job, is_trained
-from utils.studies.study import Config, Study, read_accuracies, run_folder
+from utils.studies.measurements import read_accuracies, read_seconds
+from utils.studies.study import Config, Study, run_folder
 
 
 def committed_seconds(study: Study) -> float | None:
@@ -54,7 +55,7 @@ class Progress:
         self.jobs, self.path, self.processes = jobs, out / "seconds.json", processes
         self.left, self.guess = [job for job in jobs if not job.done], guess
         self.untrained = {job for job in self.left if not is_trained(job.folder / "run")}
-        self.seconds: dict[str, float] = read_json(self.path) or {}
+        self.seconds = read_seconds(self.path)
 
     def estimate(self) -> str:
         """Say how long the runs to train will take, going by the mean of those trained here, else by the guess."""

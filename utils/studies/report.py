@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from utils.files.atomic import write_text
 from utils.logger import duration, write_csv
 from utils.plot_methods import failed_to_learn, plot_pareto, plot_study
-from utils.run import read_json
+from utils.studies.measurements import SAVED, read_measurement, read_summary
 from utils.studies.study import CONTROLS, Config, Study, choose, held_out_accuracy, on_edge, run_folder
 
 
@@ -38,11 +38,13 @@ def final_rows(study: Study, out: Path, *, scheme: str = "global") -> list[dict]
 
 def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float) -> dict | None:
     folder = run_folder(out, config, seed)
-    report = read_json(folder / ("test" if scheme == "global" else f"test_{scheme}") / "prune.json")
+    report = read_measurement(folder / ("test" if scheme == "global" else f"test_{scheme}") / "prune.json", need=SAVED)
     result = next((r for r in (report or {"results": []})["results"] if r["asked"] == ratio), None)
     if result is None:
         return None
-    summary = read_json(folder / "run" / "summary.json")
+    summary = read_summary(folder / "run" / "summary.json")
+    if summary is None:
+        raise ValueError(f"{folder} is measured, but its run/summary.json is gone: bring it back, or remove the folder")
     return {
         "seed": seed,
         "top1": result["after"]["top1"],
@@ -139,7 +141,7 @@ def held_out_points(study: Study, out: Path) -> dict[str, list[tuple[float, floa
     points: dict[str, list[tuple[float, float]]] = {method: [] for method in study.methods}
     for config in study.configs:
         for seed in study.tune_seeds:
-            report = read_json(run_folder(out, config, seed) / "val" / "prune.json")
+            report = read_measurement(run_folder(out, config, seed) / "val" / "prune.json", need=SAVED)
             if report is not None:
                 pruned = [(r["macs_nonzero"] / r["macs_dense"], r["after"]["top1"]) for r in report["results"]]
                 points[config.method] += [(1.0, report["before"]["top1"]), *pruned]
@@ -152,7 +154,7 @@ def _numbers(values: Iterable[float]) -> str:
 
 def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
     """Say what the numbers are, over which seeds, and how long it took."""
-    seconds = [read_json(path)["seconds"] for path in out.glob("*/*/seed*/run/summary.json")]
+    seconds = [read_summary(path)["seconds"] for path in out.glob("*/*/seed*/run/summary.json")]
     finished = {tuple(row["seeds"]) for row in rows}
     seeds = sorted({seed for some in finished for seed in some})
     fewer = "" if len(finished) < 2 else "; where a row has fewer, it names them"
