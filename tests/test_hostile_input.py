@@ -253,6 +253,8 @@ def test_a_changed_number_in_a_json_of_ours_is_noticed(tmp_path, fails_in):
     path.write_text(path.read_text().replace("80.0", "81.0"))
     status, line = fails_in(compare_pruning, path)
     assert status == 1 and "checksum" in line
+    path.write_text(path.read_text().replace('"checksum"', '"checksun"'))
+    assert "checksum" in fails_in(compare_pruning, path)[1]
     path.write_text(json.dumps(REPORT))  # of an older version
     assert read_json(path) == REPORT
 

@@ -85,6 +85,8 @@ PARTS = {
     "a config in words": (changed("halo", "config"), "'config'"),
     "a config with a number as key": (changed(1, "config", 7), "'config'"),
     "a tensor as an option": (changed(torch.ones(2), "config", "lr"), "cannot be continued"),
+    "a tensor as a beginning": (changed(torch.ones(1), "config", "start"), "no start"),
+    "a tensor as preprocessing": (changed(torch.ones(1), "preprocessing"), "records what cannot be"),
     "preprocessing in words": (changed("none", "preprocessing"), "records what cannot be"),
     "names of other classes": (changed(["x", "y"], "class_names"), "'class_names'"),
 }

@@ -89,6 +89,8 @@ class Preprocessing:
         Raises:
             ValueError: it holds something else.
         """
+        if not isinstance(record, Mapping):
+            raise ValueError(f"'preprocessing' is of type {type(record).__name__}")
         try:
             shape = tuple(int(n) for n in record["shape"])
             mean, std = (tuple(float(value) for value in record[key]) for key in ("mean", "std"))

@@ -54,6 +54,8 @@ def parse_json(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no object in braces, but {type(content).__name__}: use another file")
     stated = content.pop(CHECKSUM, None)
+    if stated is None and any(str(value).startswith("sha256:") for value in content.values()):
+        stated = "under another name"  # the damage has hit the key
     if stated is not None and stated != checksum(content):
         raise ValueError(
             f"{path} does not have its checksum, so it was damaged or edited: use another copy, or remove "

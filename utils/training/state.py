@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Options that a resumed run may change: none of them alters what an epoch computes, beyond the order of sums.
 FREE_ON_RESUME = {"epochs", "data", "save_dir", "device", "test_batch", "overwrite", "resume", "evaluate", "compile"}
 # Options that a resumed run takes from its checkpoint where they are not given.
-KEPT_ON_RESUME = ("start", "mask", "gmp_epochs")
+KEPT_ON_RESUME = {"start": str, "mask": str, "gmp_epochs": list}
 
 
 def network_state(run: Experiment) -> dict:
@@ -74,9 +74,12 @@ def load_state(run: Experiment, state: dict, path: str | Path) -> None:
     """
     with usable(path):
         check_same_run(run, state, path)
-        for name in KEPT_ON_RESUME:
+        for name, kind in KEPT_ON_RESUME.items():
+            value = state["config"].get(name)
+            if not isinstance(value, (kind, type(None))):
+                raise damaged(path, f"no {name} under 'config'")
             if getattr(run.args, name) is None:
-                setattr(run.args, name, state["config"].get(name))
+                setattr(run.args, name, value)
         check_gmp(run.args)
         load_weights(run.model, state["state_dict"], path=path)
         check_parts(run, state, path)
