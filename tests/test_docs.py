@@ -10,6 +10,7 @@ from conftest import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "mnist/mnist.py"]
 OF_OTHERS = {"--nproc_per_node", "--target", "--no-deps", "--help"}  # torchrun's and pip's, and argparse's own
+OF_OTHERS |= {"--minutes", "--kills", "--torchrun"}  # of tests/fuzz.py and tests/kill_often.py
 
 
 def links(text: str) -> list[str]:
