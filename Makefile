@@ -7,7 +7,7 @@ DIGITS := -d digits -a resnet --depth 20
 TRAIN := $(RUN) cifar.py $(DIGITS) --wd 0 --epochs 14 --schedule 9 12 --overwrite
 PRUNE := $(RUN) cifar_prune_iterative.py --percent 0.5 0.75 0.9 0.95 --overwrite
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-oldest fuzz kills bench clean
 
 # The whole pipeline on real handwritten digits: train, prune, check, energy, deploy.
 demo: .venv/installed
@@ -34,6 +34,17 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
+# The same tests with the oldest versions that requirements.txt allows, in an environment of their own.
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
+
+# Ten minutes of files that were changed at random, and a hundred kills; both state their counts (docs/robustness.md).
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(RUN) tests/fuzz.py --minutes 10
+
+kills: .venv/installed
+	OMP_NUM_THREADS=1 $(RUN) tests/kill_often.py --kills 100
+
 # Speed and memory, as tables; run it with nothing else on the machine.
 bench: .venv/installed
 	$(RUN) benchmarks/run.py
@@ -44,5 +55,10 @@ bench: .venv/installed
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 
+.venv-oldest/installed: requirements.txt requirements-dev.txt requirements-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --requirement requirements-dev.txt --constraint requirements-oldest.txt
+	@touch $@
+
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest runs .pytest_cache .ruff_cache

@@ -7,6 +7,11 @@ is trained as the run was, and measured on its held-out images. Leaves adaptivit
 and a folder for each control. Stopped, the same command goes on where it was.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
+    from utils.interrupts import leave_when_interrupted
+
+    leave_when_interrupted()
+
 import argparse
 import shlex
 import sys
@@ -19,8 +24,8 @@ from utils.logger import say
 from utils.plot_methods import failed_to_learn
 from utils.run import portable_arguments, read_json, require_writable, run_script, write_json
 from utils.studies.adaptivity import LABELS, HaloRun, describe_lambdas, draw, load_run, measure_control
+from utils.studies.measurements import read_accuracies
 from utils.studies.report import top1_table
-from utils.studies.study import read_accuracies
 
 CONTROLS = [name for name in LABELS if name != "halo"]
 
@@ -67,8 +72,8 @@ def prepare(out: Path, setting: dict) -> None:
     require_writable(out, make=True)
     before = read_json(out / "setting.json")
     if before is not None and before != setting:
-        changed = next(key for key in setting if setting[key] != before.get(key))
-        was = f"{changed} {before.get(changed)}, now {setting[changed]}"
+        changed = next((key for key in before | setting if setting.get(key) != before.get(key)), "their order")
+        was = f"{changed} {before.get(changed)}, now {setting.get(changed)}"
         raise ValueError(f"{out} holds the controls of other runs ({was}): choose another --save_dir")
     write_json(out / "setting.json", setting)
 

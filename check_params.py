@@ -7,6 +7,11 @@ Prints a table. --json FILE and --plot FILE keep it, --compact FILE writes the n
 sensible; every script that loads a checkpoint loads such a file too.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
+    from utils.interrupts import leave_when_interrupted
+
+    leave_when_interrupted()
+
 import argparse
 
 from models import ARCHS

@@ -7,6 +7,11 @@ Leaves in --save_dir (default runs/<dataset>_<arch>_<penalty>_seed<k>): config.j
 init, checkpoint, model_best and final .pth.tar, arrays as .npy, curves.png, regularization.png, summary.json.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
+    from utils.interrupts import leave_when_interrupted
+
+    leave_when_interrupted()
+
 import argparse
 
 from models import CIFAR_ARCHS, resolve_depth

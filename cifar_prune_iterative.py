@@ -7,6 +7,11 @@ Leaves in --save_dir: pruned_<percent>.pth.tar for each ratio, prune.json, prune
 accuracy_vs_sparsity.csv and .png. A pruned file can be pruned again: ratios count the weights that are not zero.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
+    from utils.interrupts import leave_when_interrupted
+
+    leave_when_interrupted()
+
 import argparse
 
 from models import CIFAR_ARCHS
@@ -29,7 +34,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save_dir", metavar="DIR", help="the outputs (default: the folder pruned beside --resume)")
     text = "measure on the N held-out training images of a run with the same --val_split, not on the test images"
     parser.add_argument("--val_split", type=options.whole(0), default=0, metavar="N", help=text)
-    parser.add_argument("--seed", type=options.whole(0), default=1, help="seed of the random schemes")
+    parser.add_argument(
+        "--seed", type=options.whole(0, high=options.MOST_SEED), default=1, help="seed of the random schemes"
+    )
     return parser
 
 

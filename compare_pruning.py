@@ -6,6 +6,11 @@ Prints a table in Markdown: top-1 before pruning and at every ratio that a run h
 pruned at that ratio. All runs must be of one network on the same images, unless --mixed says otherwise.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
+    from utils.interrupts import leave_when_interrupted
+
+    leave_when_interrupted()
+
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +19,8 @@ from models import with_depth
 from utils import options
 from utils.logger import say
 from utils.plot_methods import plot_comparison
-from utils.run import portable_path, read_json, refuse_existing, run_script
-from utils.studies.study import accuracies_of
+from utils.run import portable_path, refuse_existing, run_script
+from utils.studies.measurements import accuracies_of, read_measurement
 
 COMPARED = ("dataset", "images", "arch", "depth")  # in which runs must agree
 
@@ -38,13 +43,13 @@ def read_report(path: str) -> tuple[dict, dict[float, float]]:
     Raises:
         ValueError: the file is missing or not written by the pruning stage.
     """
-    try:
-        report = read_json(path)
-        if report is not None:
-            return {key: report[key] for key in COMPARED}, accuracies_of(report)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no prune.json of cifar_prune_iterative.py: give that file") from error
-    raise ValueError(f"{path} does not exist: give a prune.json of cifar_prune_iterative.py")
+    report = read_measurement(path)
+    if report is None:
+        raise ValueError(f"{path} does not exist: give a prune.json of cifar_prune_iterative.py")
+    kinds = {key: (int, type(None)) if key == "depth" else str for key in COMPARED}
+    if not all(key in report and isinstance(report[key], kind) for key, kind in kinds.items()):
+        raise ValueError(f"{path} does not say what it is of ({', '.join(COMPARED)}): use another copy")
+    return {key: report[key] for key in COMPARED}, accuracies_of(report)
 
 
 def require_alike(runs: Mapping[str, Mapping]) -> None:
@@ -104,7 +109,7 @@ def main(args: argparse.Namespace) -> dict:
     if len(set(labels)) != len(args.reports):
         raise options.OptionError("give as many different --labels as there are reports")
     if args.save:
-        refuse_existing([Path(args.save)], overwrite=args.overwrite)
+        refuse_existing([Path(args.save)], overwrite=args.overwrite, inputs=args.reports)
     settings, runs = {}, {}
     for label, path in zip(labels, args.reports, strict=True):
         settings[label], runs[label] = read_report(path)

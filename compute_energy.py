@@ -7,6 +7,11 @@ Writes OUT.npz (eigenvalues by layer name, descending, of sum 1), OUT.json (how 
 the effective rank) and OUT.png. Several checkpoints are overlaid: --checkpoint dense.pth.tar halo.pth.tar.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
+    from utils.interrupts import leave_when_interrupted
+
+    leave_when_interrupted()
+
 import argparse
 from pathlib import Path
 
@@ -15,9 +20,9 @@ import torch
 
 from models import ARCHS
 from utils import options, plots
-from utils.files.atomic import atomic_write
+from utils.files.atomic import atomic_write, printable
 from utils.logger import say
-from utils.run import portable_path, refuse_existing, run_script, write_json
+from utils.run import all_or_none, portable_path, refuse_existing, run_script, write_json
 from utils.stages.energy import POOLS, components, effective_rank, layer_energies, measured_layers
 from utils.stages.subject import Subject, load_subject
 from utils.training.data import DATASETS
@@ -81,12 +86,12 @@ def main(args: argparse.Namespace) -> dict:
     Returns:
         The content of OUT.json.
     """
-    labels = args.labels or [portable_path(path) for path in args.checkpoint]
+    labels = args.labels or [printable(portable_path(path)) for path in args.checkpoint]
     if len(set(labels)) != len(args.checkpoint):
         raise options.OptionError("give as many different --labels as there are checkpoints")
     stem = Path(args.save).with_suffix("") if Path(args.save).suffix in (".npz", ".json", ".png") else Path(args.save)
     paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("npz", "json", "png")}
-    refuse_existing(paths.values(), overwrite=args.overwrite)
+    refuse_existing(paths.values(), overwrite=args.overwrite, inputs=args.checkpoint)
     subjects = load_all(args)
     energies = {label: measure(subject, args) for label, subject in zip(labels, subjects, strict=True)}
 
@@ -94,10 +99,11 @@ def main(args: argparse.Namespace) -> dict:
     arrays = {n if alone else f"{label}/{n}": e.numpy() for label, es in energies.items() for n, e in es.items()}
     report = {"pool": args.pool, "split": args.split, "dataset": args.dataset}
     report["checkpoints"] = {label: describe(es) for label, es in energies.items()}
-    with atomic_write(paths["npz"]) as file:
-        np.savez(file, **arrays)
-    write_json(paths["json"], report)
-    plots.plot_energy(report["checkpoints"], paths["png"], pool=args.pool, energies=energies)
+    with all_or_none(paths.values()):
+        with atomic_write(paths["npz"]) as file:
+            np.savez(file, **arrays)
+        write_json(paths["json"], report)
+        plots.plot_energy(report["checkpoints"], paths["png"], pool=args.pool, energies=energies)
     for label, layers in report["checkpoints"].items():
         say(label)
         for name, layer in layers.items():

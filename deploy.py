@@ -7,6 +7,11 @@ Proves both forms on the test images, measures them, and leaves OUT.pth.tar (the
 it), OUT.pt2 (the same for torch alone, BatchNorm folded, any batch size), OUT.json and OUT.png.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
+    from utils.interrupts import leave_when_interrupted
+
+    leave_when_interrupted()
+
 import argparse
 
 from models import ARCHS

@@ -9,6 +9,11 @@ Stop it whenever you like: the same command goes on where it was. Leaves in --ou
 a folder for every run, chosen.json, table.md, table.csv, accuracy_vs_sparsity.png and pareto.png.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
+    from utils.interrupts import leave_when_interrupted
+
+    leave_when_interrupted()
+
 import argparse
 import contextlib
 import dataclasses
@@ -19,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils import options
+from utils.command_line import option
 from utils.files.lock import Lock, folder_lock
 from utils.logger import duration, say
 from utils.run import portable_path, require_writable, run_script
@@ -39,7 +45,13 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("study", metavar="STUDY", nargs="?", help="name of a study, or path of a study file")
     parser.add_argument("--list", action="store_true", help="list the studies and stop")
     parser.add_argument("--dry_run", action="store_true", help="say what would run and how long it would take")
-    parser.add_argument("--seeds", type=options.whole(0), nargs="+", metavar="N", help="seeds (default: the study's)")
+    parser.add_argument(
+        "--seeds",
+        type=options.whole(0, high=options.MOST_SEED),
+        nargs="+",
+        metavar="N",
+        help="seeds (default: the study's)",
+    )
     parser.add_argument("--jobs", type=options.whole(1), metavar="N", help="runs at a time (default: one a core)")
     text = "run the jobs on the workers of this Dask cluster (docs/many_machines.md)"
     parser.add_argument("--scheduler", metavar="ADDRESS", help=text)
@@ -61,7 +73,7 @@ def list_studies() -> dict:
 def full_command(args: argparse.Namespace) -> str:
     """Return the command that repeats a study here or on another machine, for its table; DIR stands for the images."""
     parts = ["python", "reproduce.py", portable_path(args.study), "--data", "DIR"]
-    parts += ["--out", portable_path(args.out)] if args.out else []
+    parts += option("--out", portable_path(args.out)) if args.out else []
     parts += ["--jobs", str(args.jobs)] if args.jobs else []
     parts += ["--seeds", *map(str, args.seeds)] if args.seeds else []
     return shlex.join(parts)
@@ -107,7 +119,7 @@ def main(args: argparse.Namespace) -> dict:
     path = Path(args.study) if args.study.endswith(".json") else STUDIES / f"{args.study}.json"
     study = load_study(path)
     if args.seeds:
-        check_numbers("--seeds", args.seeds, low=0, high=2**64 - 1, whole=True)
+        check_numbers("--seeds", args.seeds, low=0, high=options.MOST_SEED, whole=True)
         study = dataclasses.replace(study, seeds=tuple(args.seeds))
     out = Path(args.out or f"runs/studies/{study.name}")
     if args.dry_run:

@@ -19,7 +19,7 @@ from utils.studies.adaptivity import (
     load_run,
     measure_control,
 )
-from utils.studies.study import read_accuracies
+from utils.studies.measurements import read_accuracies
 from utils.training.epoch import NonFiniteLossError
 
 DIGITS = ["-d", "digits", "-a", "lenet_300_100", "--epochs", "3", "--schedule", "2", "--lr", "0.05", "--wd", "0"]

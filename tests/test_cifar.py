@@ -16,7 +16,7 @@ from conftest import start, train
 
 from models import build_model
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
-from utils.run import RUN_FILES, portable_path
+from utils.run import RUN_FILES, portable_path, read_json
 
 HALO = ["--halo", "--xi", "1e-3", "--psi", "1e-3"]
 TIMES = ("seconds", "images_per_second")
@@ -99,7 +99,7 @@ def test_what_a_run_leaves(tiny, tmp_path):
     assert float(log[-1]["train_loss_penalized"]) - float(log[-1]["train_loss"]) == pytest.approx(gap, rel=1e-4)
     for name, column in (("train_accs", "train_top1"), ("test_accs", "test_top1"), ("test_losses", "test_loss")):
         assert np.load(folder / f"{name}.npy").tolist() == [float(row[column]) for row in log]
-    written = json.loads((folder / "summary.json").read_text())
+    written = read_json(folder / "summary.json")
     for key in ("data", "save_dir"):  # a file that is kept names no folder of this machine
         assert written["arguments"].pop(key) == portable_path(summary["arguments"].pop(key))
     assert written == summary

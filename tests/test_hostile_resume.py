@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import TINY, train, write_images
 from PIL import Image
+from torch import nn
 
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
+from utils.halo import FusedHALO, penalties
 
 HALO = ["--halo", "--xi", "1e-4", "--psi", "1e-4"]
 FIRST = "conv1.weight"
@@ -58,6 +60,10 @@ PARTS = {
     "weights of whole numbers": (changed(torch.ones(16, 3, 3, 3).long(), "state_dict", FIRST), "torch.int64"),
     "momentum of one element": (changed(torch.ones(1), "optimizer", *MOMENTUM), "'optimizer'"),
     "momentum that is infinite": (changed(torch.full((16, 3, 3, 3), torch.inf), "optimizer", *MOMENTUM), "'optimizer'"),
+    "momentum of one number": (changed(torch.tensor(7.0), "reg_optimizer", *MOMENTUM), "'reg_optimizer'"),
+    "momentum as a number": (changed(0.5, "optimizer", *MOMENTUM), "'optimizer'"),
+    "another buffer": (changed(torch.ones(1), "optimizer", "state", 0, "step"), "'optimizer'"),
+    "momentum that is gone": (changed(None, "optimizer", *MOMENTUM), "'optimizer'"),
     "momentum in words": (changed("fast", "optimizer", *MOMENTUM), "'optimizer'"),
     "momentum of no parameter": (changed({}, "optimizer", "state", 999), "'optimizer'"),
     "a factor of momentum": (changed(0.8, "optimizer", "param_groups", 0, "momentum"), "'optimizer'"),
@@ -85,6 +91,8 @@ PARTS = {
     "a config in words": (changed("halo", "config"), "'config'"),
     "a config with a number as key": (changed(1, "config", 7), "'config'"),
     "a tensor as an option": (changed(torch.ones(2), "config", "lr"), "cannot be continued"),
+    "a tensor as a beginning": (changed(torch.ones(1), "config", "start"), "no start"),
+    "a tensor as preprocessing": (changed(torch.ones(1), "preprocessing"), "records what cannot be"),
     "preprocessing in words": (changed("none", "preprocessing"), "records what cannot be"),
     "names of other classes": (changed(["x", "y"], "class_names"), "'class_names'"),
 }
@@ -158,3 +166,17 @@ def test_the_same_images_elsewhere_go_on(half_done, images, tmp_path):
     shutil.copytree(images, tmp_path / "copy")
     train(*options, "--data", tmp_path / "copy", "--save_dir", tmp_path / "run", "--resume", checkpoint)
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_momentum_of_another_shape_never_reaches_the_kernel():
+    """Its C++ writes as many numbers as the parameter has."""
+    w = nn.Parameter(torch.ones(64))
+    weights = torch.optim.SGD([w], 0.1, momentum=0.9)
+    step = FusedHALO(penalties.HALO({"w": w}, xi=1e-3, psi=1e-3), lr=0.1, momentum=0.9, weights=weights)
+    w.grad = torch.ones(64)
+    step.step()
+    weights.step()
+    weights.state[w]["momentum_buffer"] = torch.ones(1)
+    step.step()
+    with pytest.raises(ValueError, match=r"momentum of shape \(1,\), not \(64,\)"):
+        weights.step()

@@ -15,7 +15,8 @@ import mnist.mnist
 import reproduce
 from models import resolve_depth
 from utils import options
-from utils.run import Terminated, run_script
+from utils.interrupts import Terminated
+from utils.run import run_script
 
 SCRIPTS = {
     "cifar.py": cifar,

@@ -16,8 +16,9 @@ import reproduce
 from utils.logger import duration
 from utils.run import portable_path
 from utils.studies.jobs import jobs_before, tuning_jobs
+from utils.studies.measurements import read_accuracies
 from utils.studies.progress import committed_seconds, to_come
-from utils.studies.study import choose, load_study, on_edge, read_accuracies, run_folder
+from utils.studies.study import choose, load_study, on_edge, run_folder
 
 STUDY = {
     "title": "Digits: a small study",

@@ -8,6 +8,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
+LARGEST = 3.4e38  # magnitude of a number in fp32, in which everything is computed
+SMALLEST = 1e-18  # of one whose square, as that of lam, must not be 0 there
+MOST = 2**31 - 1  # of whatever is counted
+
 
 class OptionError(ValueError):
     """A wrong option or a wrong combination of options: exit status 2."""
@@ -47,35 +51,40 @@ class Parser(argparse.ArgumentParser):
 
 
 def real(low: float = -math.inf, *, high: float = math.inf, nonzero: bool = False) -> Callable[[str], float]:
-    """Return an argparse type: a finite number in [low, high] (and not 0 with `nonzero`)."""
+    """Return an argparse type: a number in [low, high], of a magnitude that fp32 has (and SMALLEST with `nonzero`)."""
     bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}" if low > -math.inf else "finite"
-    rule = bounds + (" and not 0" if nonzero else "")
+    rule = bounds + (f" and not 0 nor nearer to it than {SMALLEST:g}" if nonzero else "")
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number; give one that is {rule}") from None
-        if not math.isfinite(value) or not low <= value <= high or (nonzero and value == 0):
+        if not low <= value <= high or not abs(value) <= LARGEST or (nonzero and abs(value) < SMALLEST):
             raise argparse.ArgumentTypeError(f"{text} is out of range; give a number that is {rule}")
         return value
 
     return parse
 
 
-def whole(low: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number >= low."""
+def whole(low: int, *, high: int = MOST) -> Callable[[str], int]:
+    """Return an argparse type: a whole number in [low, high]."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give one >= {low}") from None
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text} is out of range; give a whole number >= {low}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give a whole number in [{low}, {high}]")
         return value
 
     return parse
+
+
+def option(name: str, value: object) -> list[str]:
+    """Return an option and its value as parts of a command line; one with a dash in front is joined by =."""
+    return [f"{name}={value}"] if str(value).startswith("-") else [name, str(value)]
 
 
 def architecture(names: Iterable[str], *, own: bool) -> Callable[[str], str]:

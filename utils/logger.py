@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from utils.distributed import is_main
 from utils.files.atomic import write_text
@@ -121,14 +122,20 @@ def say(text: str) -> None:
     """Print one line of results on standard output, at once; of several processes only the first does."""
     if is_main():
         _clear_bar()
-        print(text, flush=True)
+        print(_for(sys.stdout, text), flush=True)
 
 
 def warn(text: str) -> None:
     """Print one line on standard error that the user should read; of several processes only the first does."""
     if is_main():
         _clear_bar()
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        print(_for(sys.stderr, f"note: {text}"), file=sys.stderr, flush=True)
+
+
+def _for(stream: IO[str], text: str) -> str:
+    """Return a text in which what a stream cannot encode, such as a path that is not UTF-8, stands as \\udcff."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def result_text(result: dict, *, classes: int | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from utils.command_line import OptionError, Parser, architecture, real, whole
+from utils.command_line import SMALLEST, OptionError, Parser, architecture, real, whole
 
 __all__ = ["OptionError", "Parser", "real", "whole"]  # handed on, so that a script needs this module alone
 
@@ -20,6 +20,8 @@ PENALTIES: dict[str, dict[str, float]] = {
     "ws": {"xi": 1e-8, "psi": 1e-8, "lambda_init": 1.0},
     "mcp": {"xi": 1e-4, "psi": 1e3},
 }
+MOST_SEED = 2**64 - 1  # that torch takes
+LARGEST_SIDE = 2048  # of an image: one batch of larger ones fits into no memory
 DEVICES = ["auto", "cpu", "cuda", "mps"]
 LEARNED = ("halo", "ws")  # penalties with a trained lam, hence an optimizer of its own
 
@@ -47,7 +49,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     """Add the options of your own images, and of the augmentation."""
     add = parser.add_argument_group("your own images (-d folder), and augmentation").add_argument
     text = "height and width; the shorter side is resized, the centre cropped (default: 32)"
-    add("--image_size", type=whole(1), metavar="N", help=text)
+    add("--image_size", type=whole(1, high=LARGEST_SIDE), metavar="N", help=text)
     text = "random crops after black borders of N pixels, 0 for none (default: 4, MNIST 0)"
     add("--padding", type=whole(0), metavar="N", help=text)
     add("--no_flip", action="store_true", help="show no mirror images: for writing, or whatever has a left and a right")
@@ -90,7 +92,8 @@ def add_penalty(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--xi", type=real(0), help="strength of the penalty on |w| (default: 1e-8, for MCP 1e-4)")
     add("--psi", type=real(0), help="pull on lam (HALO, SWS; default: 1e-8), concavity (MCP; default: 1000)")
-    add("--lambda_init", type=real(nonzero=True), help="starting value of lam (default: 1)")
+    limit = 1 / SMALLEST  # its square is a number, too
+    add("--lambda_init", type=real(-limit, high=limit, nonzero=True), help="starting value of lam (default: 1)")
     add("--reg_lr", type=real(0), help="learning rate of lam (default: that of the weights)")
     add("--reg_wd", type=real(0), help="weight decay of lam (default: that of the weights)")
     add("--released_lr", action="store_true", help="decay the learning rates twice a milestone, as the release does")
@@ -133,7 +136,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace the run that --save_dir holds")
     add("--resume", metavar="FILE", help="continue from this checkpoint")
     add("-e", "--evaluate", action="store_true", help="evaluate --resume on the test images and stop")
-    add("--seed", type=whole(0), default=1, help="seed of every random generator")
+    add("--seed", type=whole(0, high=MOST_SEED), default=1, help="seed of every random generator")
     add("--device", choices=DEVICES, default="auto", help="where to compute")
 
 

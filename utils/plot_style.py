@@ -12,9 +12,10 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import NullLocator
 
-from utils.files.atomic import atomic_write
+from utils.files.atomic import atomic_write, printable
 
 DARK, LIGHT, MIDDLE = "#1f3b73", "#e08a1e", "#5c9ead"  # dark, light and between, in greyscale too
 
@@ -38,13 +39,22 @@ LINES = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG, atomically.
+    """Write a figure as PNG, atomically; its texts mean what they say, so a $ in a path begins no formula.
 
     Raises:
         OSError: the file cannot be written; what it held before is untouched.
     """
+    ticks = {text for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in axis.findobj(Text)}
+    for text in figure.findobj(Text):
+        text.set_text(printable(text.get_text()))
+        text.set_parse_math(text in ticks and text.get_parse_math())  # powers of ten stand on axes as formulas
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def tick_label(text: str) -> str:
+    """Return a text that stands on an axis, where save_figure leaves formulas, such that its $ begins none."""
+    return text.replace("$", r"\$")
 
 
 def method_of(label: str) -> str | None:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from models import with_depth
-from utils.plot_style import DARK, LIGHT, MIDDLE, legend_below, looks, save_figure, sparsity_axis
+from utils.plot_style import DARK, LIGHT, MIDDLE, legend_below, looks, save_figure, sparsity_axis, tick_label
 from utils.run import portable_path
 
 
@@ -104,7 +104,7 @@ def plot_layers(layers: Sequence[dict], path: str | Path, *, title: str) -> None
     """
     figure = Figure(figsize=(8, 1.5 + 0.25 * len(layers)), layout="constrained")
     axes = figure.subplots()
-    names = [layer["name"].removesuffix(".weight") for layer in layers]
+    names = [tick_label(layer["name"].removesuffix(".weight")) for layer in layers]
     sparsity = [layer["sparsity"] for layer in layers]
     axes.barh(names, sparsity, color=DARK, label="sparsity (zeros)")
     axes.barh(names, [1 - s for s in sparsity], left=sparsity, color=LIGHT, label="density (left)")
@@ -154,7 +154,8 @@ def _energy_table(layers: Mapping[str, Mapping]) -> Figure:
     axes = figure.subplots()
     axes.imshow(needed, cmap="Greys", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(levels)), levels)
-    axes.set_yticks(range(len(layers)), [f"{name} ({layer['channels']})" for name, layer in layers.items()], fontsize=9)
+    names = [tick_label(f"{name} ({layer['channels']})") for name, layer in layers.items()]
+    axes.set_yticks(range(len(layers)), names, fontsize=9)
     axes.set(xlabel="of the energy, held by this share of the layer's channels (their number in brackets)")
     for row, layer in enumerate(layers.values()):
         for column, level in enumerate(levels):

@@ -7,12 +7,10 @@ import json
 import math
 import os
 import platform
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +20,8 @@ import torch
 from utils.distributed import is_main, processes
 from utils.files.atomic import atomic_write, write_text
 from utils.files.lock import Lock, folder_lock
+from utils.files.texts import CHECKSUM, checksum, parse_json
+from utils.interrupts import Terminated, raised_when_interrupted
 from utils.logger import show_warnings_as_notes
 from utils.options import OptionError
 
@@ -31,15 +31,6 @@ RUN_FILES = """
     init.pth.tar checkpoint.pth.tar model_best.pth.tar final.pth.tar
     train_accs.npy train_losses.npy test_accs.npy test_losses.npy conv_params.npy reg_params.npy
 """.split()
-
-
-class Terminated(KeyboardInterrupt):
-    """A signal to end, as a batch system sends it, or torchrun when another process of the job has ended."""
-
-
-def terminate(signal_number: int, frame: object) -> NoReturn:
-    """Handle SIGTERM as Ctrl-C is handled."""
-    raise Terminated
 
 
 def run_script(
@@ -54,16 +45,18 @@ def run_script(
         parser: reads them.
         distributed: whether main shares its work between the processes of torchrun.
     """
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, terminate)
-    show_warnings_as_notes()
     try:
-        if processes() > 1 and not distributed:
-            raise OptionError(f"{parser.prog} runs in one process: start it with python, not torchrun")
-        main(args)
+        with raised_when_interrupted():
+            args = parser.parse_args()
+            show_warnings_as_notes()
+            if processes() > 1 and not distributed:
+                raise OptionError(f"{parser.prog} runs in one process: start it with python, not torchrun")
+            main(args)
     except KeyboardInterrupt as error:
         parser.exit(143 if isinstance(error, Terminated) else 130, f"\n{parser.prog}: {str(error) or 'interrupted'}\n")
-    except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_lack_of_memory(error):
+            raise
         text = " ".join(str(error).split()) or type(error).__name__
         wrong_options = isinstance(error, OptionError)  # the same in all processes: the first says it
         message = f"{parser.prog}: error: {text}\n" if is_main() or not wrong_options else None
@@ -71,22 +64,9 @@ def run_script(
     sys.exit(0)
 
 
-@contextmanager
-def interrupt_later() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block has ended, so that a save is never cut in two."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda *arguments: received.append(arguments)) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    for number, _ in received[:1]:
-        signal.raise_signal(number)
+def _is_lack_of_memory(error: RuntimeError) -> bool:
+    """Tell whether torch found too little memory; on the CPU it has no type of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def set_seed(seed: int) -> torch.Generator:
@@ -145,7 +125,7 @@ def prepare_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None
     Raises:
         ValueError: it holds a file of a run that is not the one to resume, and `overwrite` is off.
     """
-    own = resume is not None and Path(resume).resolve().parent == folder.resolve()
+    own = resume is not None and os.path.dirname(os.path.realpath(resume)) == os.path.realpath(folder)
     there = [name for name in RUN_FILES if (folder / name).exists()]
     if there and not own and not overwrite:
         checkpoint = folder / "checkpoint.pth.tar"
@@ -157,6 +137,24 @@ def prepare_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None
     for name in RUN_FILES:
         for rest in folder.glob(f".{name}.*.tmp"):
             rest.unlink(missing_ok=True)
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder for the block; if the block fails before it wrote anything, nothing is left of it.
+
+    Raises:
+        OSError: it cannot be made or written to.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        require_writable(folder, make=True)
+        yield
+    except BaseException:
+        with suppress(OSError):  # it holds something
+            for path in new:
+                path.rmdir()
+        raise
 
 
 @contextmanager
@@ -177,28 +175,47 @@ def run_folder(args: argparse.Namespace) -> Iterator[Lock | None]:
         yield None
         return
     folder = Path(args.save_dir)
-    require_writable(folder, make=True)
-    with folder_lock(folder, remedy="choose another --save_dir") as lock:
+    with made_folder(folder), folder_lock(folder, remedy="choose another --save_dir") as lock:
         prepare_folder(folder, resume=args.resume, overwrite=args.overwrite)
         yield lock
 
 
-def refuse_existing(paths: Iterable[Path], *, overwrite: bool, make_folder: bool = False) -> None:
+def refuse_existing(paths: Iterable[Path], *, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
     """Refuse to replace outputs, or to write where nothing can be written.
 
     Args:
         paths: the files to come.
         overwrite: whether they may replace others.
-        make_folder: make the folder they go to if it is missing.
+        inputs: files that are read, which no output may replace.
 
     Raises:
-        ValueError: a file exists already.
-        OSError: a folder is missing, or cannot be made or written to.
+        ValueError: a file exists already, is read, is named twice, or is no file (a device would be replaced by one).
+        OSError: a folder is missing, or cannot be written to.
     """
+    read, named = {os.path.realpath(path) for path in inputs}, set()
     for path in paths:
-        if path.exists() and not overwrite:
+        place = os.path.realpath(path)
+        if place in read | named:
+            other = "is to be read" if place in read else "is named for two outputs"
+            raise ValueError(f"{path} {other}: give each file a name of its own")
+        named.add(place)
+        if os.path.lexists(path) and not overwrite:
             raise ValueError(f"{path} exists already: give --overwrite or another place")
-        require_writable(path.parent, make=make_folder)
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is a folder or a device: give the name of a file")
+        require_writable(path.parent, make=False)
+
+
+@contextmanager
+def all_or_none(paths: Iterable[Path]) -> Iterator[None]:
+    """Take away what the block has newly written of some files if it fails, so that the same command can run again."""
+    new = [path for path in paths if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def clear_run(folder: Path) -> None:
@@ -269,21 +286,19 @@ def portable_arguments(arguments: Iterable[str]) -> list[str]:
 
 
 def read_json(path: str | Path) -> dict | None:
-    """Read a JSON file; None if there is none.
+    """Read a JSON file that holds an object; None if there is none.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, does not have the checksum that it states, or is no object.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return parse_json(path)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it") from error
 
 
 def write_json(path: str | Path, content: dict) -> None:
-    """Write a JSON file atomically; NaN and infinity, which JSON lacks, become null.
+    """Write a JSON file atomically, with a checksum; NaN and infinity, which JSON lacks, become null.
 
     Every text that is an absolute path is written as portable_path names it: such files are kept, committed and read
     on other machines, so none of them may be needed to find a file again.
@@ -301,4 +316,5 @@ def write_json(path: str | Path, content: dict) -> None:
             return portable_arguments([str(value)])[0]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    write_text(path, json.dumps(clean(content), indent=2) + "\n")
+    cleaned = clean(content)
+    write_text(path, json.dumps(cleaned | {CHECKSUM: checksum(cleaned)}, indent=2) + "\n")

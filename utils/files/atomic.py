@@ -47,6 +47,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def printable(text: str) -> str:
+    """Return a text in which what UTF-8 cannot hold, as in names of files that are not UTF-8, stands as \\udcff."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically, in UTF-8.
 
@@ -54,4 +59,4 @@ def write_text(path: str | Path, text: str) -> None:
         OSError: the file cannot be written; the previous file is untouched.
     """
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(printable(text).encode())

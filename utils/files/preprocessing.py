@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -10,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.options import LARGEST_SIDE
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+PIXELS = 1 << 26  # of one image: it takes four bytes a pixel, and is read a second time as RGB
 RGB, GREY = (3, 32, 32), (1, 28, 28)  # the shapes of images of the data sets known by name
 
 
@@ -35,6 +39,8 @@ class Preprocessing:
     def pixels(self, image: Image) -> Tensor:
         """Return a PIL image as uint8 (C, H, W), at the size of this network."""
         channels, height, width = self.shape
+        if image.width * image.height > PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are too many: give images of {PIXELS:,} at most")
         image = image.convert("RGB" if channels == 3 else "L")
         if image.size != (width, height):
             image = _resized(image, width, height, squash=self.resize == "squash")
@@ -83,10 +89,13 @@ class Preprocessing:
         Raises:
             ValueError: it holds something else.
         """
+        if not isinstance(record, Mapping):
+            raise ValueError(f"'preprocessing' is of type {type(record).__name__}")
         try:
             shape = tuple(int(n) for n in record["shape"])
             mean, std = (tuple(float(value) for value in record[key]) for key in ("mean", "std"))
-            sound = len(shape) == 3 and shape[0] in (1, 3) and min(shape) > 0 and len(mean) == len(std) == shape[0]
+            sound = len(shape) == 3 and shape[0] in (1, 3) and 0 < min(shape) <= max(shape) <= LARGEST_SIDE
+            sound = sound and all(map(math.isfinite, mean + std)) and len(mean) == len(std) == shape[0]
             if not sound or min(std) <= 0 or record["resize"] not in ("crop", "squash"):
                 raise ValueError(f"'preprocessing' is {dict(record)}")
             return cls(shape, mean, std, record["resize"])
@@ -102,6 +111,8 @@ def _resized(image: Image, width: int, height: int, *, squash: bool) -> Image:
         return image.resize((width, height), Resampling.BILINEAR)
     scale = max(width / image.width, height / image.height)
     size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    if size[0] * size[1] > PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are too long a strip: cut it")
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     return image.resize(size, Resampling.BILINEAR).crop((left, top, left + width, top + height))
 

@@ -15,6 +15,8 @@ from utils.files.checkpoint import CheckpointError
 from utils.files.preprocessing import Preprocessing, unrecorded
 from utils.options import OptionError, resolve_depth_option
 
+MOST_CLASSES = 1 << 16  # the weights of a last layer are allocated before they are compared with the file's
+
 
 @dataclass(frozen=True)
 class Record:
@@ -55,8 +57,11 @@ def read_record(state: Mapping, path: str | Path) -> Record | None:
         dataset, arch, depth, count = config["dataset"], config["arch"], config.get("depth"), config["num_classes"]
         if not (isinstance(dataset, str) and isinstance(arch, str) and (arch in ARCHS or ":" in arch)):
             raise ValueError(f"data set {dataset!r}, network {arch!r}")
-        if not isinstance(count, int) or count < 2 or not isinstance(depth, (int, type(None))):
+        if not isinstance(count, int) or not 2 <= count <= MOST_CLASSES or not isinstance(depth, (int, type(None))):
             raise ValueError(f"{count!r} classes, depth {depth!r}")
+        padding, no_flip = config.get("padding"), config.get("no_flip", False)
+        if not (padding is None or (type(padding) is int and padding >= 0)) or type(no_flip) is not bool:
+            raise ValueError(f"padding {padding!r}, no_flip {no_flip!r}")
         names = state.get("class_names")
         if names is not None and (not isinstance(names, (list, tuple)) or len(names) != count):
             raise ValueError(f"'class_names' are not the names of {count} classes")
@@ -67,8 +72,7 @@ def read_record(state: Mapping, path: str | Path) -> Record | None:
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} records what cannot be ({error}): use another copy") from error
     names = None if names is None else tuple(map(str, names))
-    augmentation = config.get("padding"), not config.get("no_flip", False)
-    return Record(dataset, arch, depth, count, preprocessing, names, *augmentation)
+    return Record(dataset, arch, depth, count, preprocessing, names, padding, not no_flip)
 
 
 def recorded_widths(state: Mapping, path: str | Path) -> dict[str, list[int]] | None:

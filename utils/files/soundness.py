@@ -26,6 +26,8 @@ def check_state(state: object) -> None:
             raise RefusedError("holds a 'state_dict' of other things than tensors by name: use another copy")
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise RefusedError(f"holds {name} as a sparse or quantised tensor: use a dense one")
+        if max(value.shape, default=0) > max(value.numel(), 1 << 16):
+            raise RefusedError(f"holds {name} of shape {tuple(value.shape)}, which is nothing: use another copy")
         if value.is_floating_point() and not value.isfinite().all():
             raise RefusedError(f"holds NaN or infinity in {name}: use an earlier checkpoint")
     for key in ("epoch", "acc", "best_acc"):

@@ -98,4 +98,6 @@ class GradualPruning(FixedZeros):
         self.steps = state["steps"]
         self._aside = self._zeros_like_weights() if state["aside"] else {}
         for name, aside in self._aside.items():
+            if state["aside"][name].shape != aside.shape:
+                raise ValueError(f"no values aside of the shape of {name}: use the state of the same network")
             aside.copy_(state["aside"][name])

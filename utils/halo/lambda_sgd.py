@@ -273,6 +273,8 @@ def velocity_of(optimizer: SGD, parameter: Tensor) -> Tensor:
     """Return the momentum buffer of a parameter, made of zeros if there is none, laid out as the parameter is."""
     state = optimizer.state[parameter]
     buffer = state.get("momentum_buffer")
+    if buffer is not None and buffer.shape != parameter.shape:  # the kernel would write beyond it
+        raise ValueError(f"a momentum of shape {tuple(buffer.shape)}, not {tuple(parameter.shape)}: load another state")
     if buffer is None or buffer.stride() != parameter.stride():
         state["momentum_buffer"] = torch.zeros_like(parameter) if buffer is None else aligned(buffer, parameter)
     return state["momentum_buffer"]

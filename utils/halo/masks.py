@@ -42,9 +42,6 @@ class FixedZeros:
         self.weights = dict(weights)
         if masks is None:
             masks = {name: w.detach() == 0 for name, w in self.weights.items()}
-        wrong = [name for name, w in self.weights.items() if name not in masks or masks[name].shape != w.shape]
-        if wrong:
-            raise ValueError(f"no mask of the shape of {wrong[0]}: make the masks from the same network")
         self._keep = {name: torch.empty_like(w, dtype=torch.int8) for name, w in self.weights.items()}
         self.total = sum(w.numel() for w in self.weights.values())
         self.set_masks_(masks)
@@ -56,7 +53,14 @@ class FixedZeros:
 
     @torch.no_grad()
     def set_masks_(self, masks: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> None:
-        """Hold other weights at zero, and clear them, as `clear_` does."""
+        """Hold other weights at zero, and clear them, as `clear_` does.
+
+        Raises:
+            ValueError: a mask is missing or of another shape.
+        """
+        wrong = [name for name, w in self.weights.items() if name not in masks or masks[name].shape != w.shape]
+        if wrong:
+            raise ValueError(f"no mask of the shape of {wrong[0]}: make the masks from the same network")
         for name, keep in self._keep.items():
             keep.copy_(masks[name]).sub_(1)  # every bit set where the weight is kept, none where it is not
         self.zeros = self.total - sum(int(keep.count_nonzero()) for keep in self._keep.values())

@@ -23,6 +23,12 @@ def _check(name: str, value: float, *, positive: bool = False) -> None:
         raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}, got {value}")
 
 
+def _check_lambda(value: float) -> None:
+    """Raise unless a starting value of lam has a square that is a number, and not 0, in fp32."""
+    if not 1e-18 <= abs(value) <= 1e18:
+        raise ValueError(f"|lambda_init| must be > 0, from 1e-18 to 1e18, got {value}")
+
+
 class Penalty(nn.Module):
     """A penalty on named tensors; this base class is the penalty zero (training without one).
 
@@ -126,7 +132,7 @@ class HALO(Penalty):
         super().__init__(params)
         _check("xi", xi)
         _check("psi", psi)
-        _check("|lambda_init|", abs(lambda_init), positive=True)
+        _check_lambda(lambda_init)
         self.xi, self.psi = xi, psi
         # ParameterDict refuses dots in its keys; `lambdas` gives the names back.
         self.lam = nn.ParameterDict(
@@ -186,7 +192,7 @@ class L1(Penalty):
     def __init__(self, params: Mapping[str, Tensor], *, xi: float, lambda_init: float = 1.0) -> None:
         super().__init__(params)
         _check("xi", xi)
-        _check("|lambda_init|", abs(lambda_init), positive=True)
+        _check_lambda(lambda_init)
         self.scale = xi / lambda_init**2
 
     def strength(self, lam: Tensor | None = None) -> Tensor:
@@ -221,7 +227,7 @@ class SWS(Penalty):
         super().__init__(params)
         _check("xi", xi)
         _check("psi", psi)
-        _check("|lambda_init|", abs(lambda_init), positive=True)
+        _check_lambda(lambda_init)
         self.xi, self.psi = xi, psi
         self.lam = nn.Parameter(torch.tensor(lambda_init, dtype=self._dtype, device=self._first.device))
 

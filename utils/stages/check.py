@@ -15,7 +15,7 @@ from utils.halo.parameters import prunable_weights
 from utils.halo.pruning import count_macs, dead_filters, overall_sparsity, savings, sparsity_per_layer
 from utils.halo.shrink import shrink
 from utils.logger import result_text, say
-from utils.run import refuse_existing, write_json
+from utils.run import all_or_none, refuse_existing, write_json
 from utils.stages.subject import Subject, load_subject
 from utils.training.epoch import evaluate
 from utils.training.loading import make_loader
@@ -33,7 +33,13 @@ def check(args: argparse.Namespace) -> dict:
     Raises:
         ValueError, OSError: unusable checkpoint, images or output.
     """
-    refuse_existing([Path(p) for p in (args.json, args.plot, args.compact) if p], overwrite=args.overwrite)
+    outputs = [Path(p) for p in (args.json, args.plot, args.compact) if p]
+    refuse_existing(outputs, overwrite=args.overwrite, inputs=[args.checkpoint])
+    with all_or_none(outputs):
+        return _check(args)
+
+
+def _check(args: argparse.Namespace) -> dict:
     subject = load_subject(args, args.checkpoint, images=not args.no_data)
     model, data, device = subject.model, subject.data, subject.device
     report = {"checkpoint": str(args.checkpoint), "stored_top1": subject.state.get("acc")}

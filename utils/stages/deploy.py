@@ -22,7 +22,7 @@ from utils.halo.sparse import SparseNetwork
 from utils.logger import say, warn
 from utils.options import OptionError
 from utils.plot_deploy import plot_deploy
-from utils.run import describe, portable_path, refuse_existing, write_json
+from utils.run import all_or_none, describe, made_folder, portable_path, refuse_existing, write_json
 from utils.stages import export
 from utils.stages.compiler import Compiler
 from utils.stages.proof import PROOF, Form, images_of, print_proof, prove
@@ -46,7 +46,13 @@ def deploy(args: argparse.Namespace) -> dict:
         OptionError: an output would replace the checkpoint, or a package is missing.
     """
     paths = outputs(args)
-    refuse_existing(paths.values(), overwrite=args.overwrite, make_folder=True)
+    with made_folder(Path(args.save).parent):
+        refuse_existing(paths.values(), overwrite=args.overwrite, inputs=[args.checkpoint])
+        with all_or_none(paths.values()):
+            return _deploy(args, paths)
+
+
+def _deploy(args: argparse.Namespace, paths: dict[str, Path]) -> dict:
     subject = load_subject(args, args.checkpoint, images=not args.no_data)
     report = {"checkpoint": str(args.checkpoint), "dataset": args.dataset, "arch": args.arch, "depth": args.depth}
     layers = sparsity_per_layer(prunable_weights(subject.model, linear=subject.linear))

@@ -24,7 +24,7 @@ from utils.halo.pruning import (
     sparsity_per_layer,
 )
 from utils.logger import result_text, say, warn, write_csv
-from utils.run import portable_path, refuse_existing, set_seed, write_json
+from utils.run import all_or_none, made_folder, portable_path, refuse_existing, set_seed, write_json
 from utils.stages.subject import load_subject
 from utils.training.dataset import Dataset
 from utils.training.epoch import evaluate
@@ -95,7 +95,13 @@ def prune_and_evaluate(args: argparse.Namespace, *, dataset: str | None = None) 
     """
     set_seed(args.seed)
     paths = outputs(args)
-    refuse_existing(paths.values(), overwrite=args.overwrite, make_folder=True)
+    with made_folder(Path(args.save_dir)):
+        refuse_existing(paths.values(), overwrite=args.overwrite, inputs=[args.resume])
+        with all_or_none(paths.values()):
+            return _prune_each(args, paths, dataset)
+
+
+def _prune_each(args: argparse.Namespace, paths: dict[str, Path], dataset: str | None) -> dict:
     state, model, data, device, linear, preprocessing = load_subject(
         args, args.resume, val_split=args.val_split, dataset=dataset
     )

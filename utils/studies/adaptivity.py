@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 
 from utils import options
-from utils.files.checkpoint import load_checkpoint, load_weights
+from utils.files.checkpoint import CheckpointError, load_checkpoint, load_weights
 from utils.plot_methods import plot_study
 from utils.studies.jobs import is_trained, measure
+from utils.studies.measurements import read_log
 from utils.training.epoch import NonFiniteLossError
 from utils.training.experiment import Experiment, train_or_evaluate
 from utils.training.state import FREE_ON_RESUME
@@ -69,15 +69,24 @@ def load_run(folder: str | Path) -> HaloRun:
     """
     folder = Path(folder)
     state = load_checkpoint(folder / "final.pth.tar")
-    config = state.get("config", {})
-    if config.get("penalty") != "halo" or not config.get("val_split"):
+    config = state.get("config")
+    if not isinstance(config, Mapping) or config.get("penalty") != "halo" or not config.get("val_split"):
         raise ValueError(f"{folder} is no run with --halo and --val_split: give the folder of one")
+    _check_lambdas(state, folder)
     zeros = [f"--{name}" for name in NO_ZEROS if config.get(name)]
     if zeros:
         raise ValueError(f"{folder} was trained with {zeros[0]}, which its controls cannot repeat: give a plain run")
-    with open(folder / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return HaloRun(folder, state, tuple(float(row["strength_q50"]) for row in rows), float(rows[-1]["lr"]))
+    rows = read_log(folder, columns=("strength_q50", "lr"), epochs=state.get("epoch"))
+    return HaloRun(folder, state, tuple(row["strength_q50"] for row in rows), rows[-1]["lr"])
+
+
+def _check_lambdas(state: Mapping, folder: Path) -> None:
+    """Raise unless a checkpoint has one finite lam for each element of some of its weights."""
+    lambdas, weights = state.get("lambdas"), state["state_dict"]
+    for name, lam in lambdas.items() if isinstance(lambdas, Mapping) else [(None, None)]:
+        fits = isinstance(lam, Tensor) and name in weights and lam.shape == weights[name].shape
+        if not fits or not lam.is_floating_point() or not lam.isfinite().all():
+            raise CheckpointError(f"{folder}/final.pth.tar holds lam that do not fit its weights: use another copy")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 
+from utils.interrupts import deaf_children
 from utils.run import read_json, write_json
 from utils.studies.jobs import Job, run_job
 
@@ -130,7 +131,8 @@ def run_jobs(jobs: list[Job], workers: Workers) -> Iterator[tuple[Job, float | N
         KeyboardInterrupt: Ctrl-C.
     """
     tries = dict.fromkeys(jobs, 0)
-    waiting = {workers.submit(job): job for job in jobs}
+    with deaf_children():  # the pool starts its processes when it is given jobs
+        waiting = {workers.submit(job): job for job in jobs}
     while waiting:
         for future in wait(waiting, return_when=FIRST_COMPLETED).done:
             job = waiting.pop(future)

@@ -14,6 +14,7 @@ from utils.files.lock import folder_lock, wait_for
 from utils.logger import say
 from utils.run import read_json, write_json
 from utils.stages.prune import prune_and_evaluate
+from utils.studies.measurements import read_measurement, read_summary
 from utils.studies.methods import Config
 from utils.studies.study import CONTROLS, Study, choose, pruning_arguments, run_folder, training_arguments
 from utils.training.epoch import NonFiniteLossError
@@ -169,23 +170,23 @@ def require_same_options(job: Job) -> None:
     Raises:
         ValueError: it was trained with other options.
     """
-    summary = read_json(job.folder / "run" / "summary.json")
+    summary = read_summary(job.folder / "run" / "summary.json")
     if summary is None:
         return
     args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
     was, now = summary["arguments"], vars(args)
-    free = FREE_ON_RESUME - {"epochs"} | {key for key in KEPT_ON_RESUME if now[key] is None}
-    changed = [key for key in was if key not in free and was[key] != now[key]]
+    free = FREE_ON_RESUME - {"epochs"} | {key for key in KEPT_ON_RESUME if now.get(key) is None}
+    changed = [key for key in was if key not in free and was[key] != now.get(key)]
     if changed:
         raise ValueError(
-            f"{job.folder} was trained with {changed[0]} {was[changed[0]]}, the study now says {now[changed[0]]}: "
+            f"{job.folder} was trained with {changed[0]} {was[changed[0]]}, the study now says {now.get(changed[0])}: "
             "give another --out, or remove the folder"
         )
 
 
 def is_measured(folder: Path, percent: tuple[float, ...]) -> bool:
     """Return whether a folder holds the accuracies at all of these ratios."""
-    report = read_json(folder / "prune.json")
+    report = read_measurement(folder / "prune.json")
     return report is not None and {r["asked"] for r in report["results"]} >= set(percent)
 
 

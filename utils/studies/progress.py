@@ -11,8 +11,9 @@ from statistics import mean
 from utils.logger import duration, say
 from utils.run import REPOSITORY, read_json, write_json
 from utils.studies.jobs import Job, final_jobs, is_trained, jobs_before, tuning_jobs
+from utils.studies.measurements import read_accuracies, read_seconds
 from utils.studies.methods import Config
-from utils.studies.study import Study, read_accuracies, run_folder
+from utils.studies.study import Study, run_folder
 
 
 def committed_seconds(study: Study) -> float | None:
@@ -81,8 +82,8 @@ class Progress:
         self.jobs, self.path, self.processes = jobs, out / f"seconds{part}.json", processes
         self.left, self.guess = [job for job in jobs if not job.done], guess
         self.untrained = {job for job in self.left if not job.trained}
-        self.mine: dict[str, float] = read_json(self.path) or {}
-        self.seconds = {key: value for path in out.glob("seconds*.json") for key, value in read_json(path).items()}
+        self.mine = read_seconds(self.path)
+        self.seconds = {key: value for path in out.glob("seconds*.json") for key, value in read_seconds(path).items()}
 
     def estimate(self) -> str:
         """Say how long the runs to train will take, going by the mean of those trained here, else by the guess."""

@@ -10,8 +10,8 @@ from statistics import mean, median, stdev
 from utils.files.atomic import write_text
 from utils.logger import duration, write_csv
 from utils.plot_methods import failed_to_learn, plot_pareto, plot_study
-from utils.run import read_json
 from utils.studies.jobs import tuning_jobs
+from utils.studies.measurements import SAVED, read_measurement, read_summary
 from utils.studies.methods import Config
 from utils.studies.study import CONTROLS, Study, choose, held_out_accuracy, on_edge, run_folder
 
@@ -41,11 +41,13 @@ def final_rows(study: Study, out: Path, *, scheme: str = "global") -> list[dict]
 
 def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float) -> dict | None:
     folder = run_folder(out, config, seed)
-    report = read_json(folder / ("test" if scheme == "global" else f"test_{scheme}") / "prune.json")
+    report = read_measurement(folder / ("test" if scheme == "global" else f"test_{scheme}") / "prune.json", need=SAVED)
     result = next((r for r in (report or {"results": []})["results"] if r["asked"] == ratio), None)
     if result is None:
         return None
-    summary = read_json(folder / "run" / "summary.json")
+    summary = read_summary(folder / "run" / "summary.json")
+    if summary is None:
+        raise ValueError(f"{folder} is measured, but its run/summary.json is gone: bring it back, or remove the folder")
     return {
         "seed": seed,
         "top1": result["after"]["top1"],
@@ -58,7 +60,9 @@ def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float
 
 def _seconds_before(out: Path, config: Config, seed: int) -> float:
     """Return how long the training took that a run goes on from."""
-    return read_json(run_folder(out, config.before, seed) / "run" / "summary.json")["seconds"] if config.before else 0.0
+    return (
+        read_summary(run_folder(out, config.before, seed) / "run" / "summary.json")["seconds"] if config.before else 0.0
+    )
 
 
 def _row(study: Study, out: Path, method: str, ratio: float, config: Config, runs: list[dict], *, best: float) -> dict:
@@ -155,7 +159,7 @@ def held_out_points(study: Study, out: Path) -> dict[str, list[tuple[float, floa
     """Return every tuned run at every ratio, and dense: multiply-adds left as a fraction, and top-1."""
     points: dict[str, list[tuple[float, float]]] = {method: [] for method in study.methods}
     for job in tuning_jobs(study, out, ""):
-        report = read_json(job.measurement("global") / "prune.json")
+        report = read_measurement(job.measurement("global") / "prune.json", need=SAVED)
         if report is not None:
             dense = [(1.0, report["before"]["top1"])] if job.config.ratio is None else []
             pruned = [(r["macs_nonzero"] / r["macs_dense"], r["after"]["top1"]) for r in report["results"]]
@@ -181,7 +185,7 @@ def _numbers(values: Iterable[float]) -> str:
 
 def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
     """Say what the numbers are, over which seeds, and how long it took."""
-    seconds = [read_json(path)["seconds"] for path in out.glob("*/*/seed*/run/summary.json")]
+    seconds = [read_summary(path)["seconds"] for path in out.glob("*/*/seed*/run/summary.json")]
     finished = {tuple(row["seeds"]) for row in rows}
     seeds = sorted({seed for some in finished for seed in some})
     fewer = "" if len(finished) < 2 else "; where a row has fewer, it names them"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 from models import ARCHS, find_arch, resolve_depth
 from utils import options
+from utils.files.texts import parse_json
 from utils.halo.pruning import SCHEMES
 from utils.options import OptionError
-from utils.run import read_json
 from utils.studies.checks import check_content
+from utils.studies.measurements import read_accuracies
 from utils.studies.methods import Config, configs_of
 from utils.training.data import datasets_of
 
@@ -71,9 +71,10 @@ def load_study(path: str | Path) -> Study:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds {type(content).__name__}, not an object with the keys {', '.join(KEYS)}")
+        content = parse_json(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"no study file {path}: python reproduce.py --list shows those there are") from error
+    try:
         if set(content) != set(KEYS):
             wrong = sorted(set(content) ^ set(KEYS))[0]
             raise ValueError(f"{'unknown' if wrong in content else 'missing'} key {wrong!r}")
@@ -92,8 +93,6 @@ def load_study(path: str | Path) -> Study:
         if unknown:
             raise ValueError(f"'controls' names {unknown[0]!r}, which is no method")
         _check_options(study)
-    except FileNotFoundError as error:
-        raise ValueError(f"no study file {path}: python reproduce.py --list shows those there are") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no study file: {error}; correct the file") from error
     return study
@@ -150,7 +149,7 @@ def training_arguments(study: Study, config: Config, *, seed: int, folder: Path,
     options.add_training(parser)
     options.add_zeros(parser)
     options.add_run(parser)
-    own = ["--data", data, "--save_dir", str(folder / "run"), "--seed", str(seed), "--no_test"]
+    own = [f"--data={data}", f"--save_dir={folder / 'run'}", "--seed", str(seed), "--no_test"]
     args = parser.parse_args([*study.options, *config.flags, *own])
     config.take_part(args)
     checkpoint = folder / "run" / "checkpoint.pth.tar"
@@ -180,17 +179,6 @@ def pruning_arguments(
     return argparse.Namespace(**values, resume=str(checkpoint), save_dir=str(folder))
 
 
-def accuracies_of(report: dict) -> dict[float, float]:
-    """Return top-1 in percent by ratio from the content of a prune.json, 0 for the network before pruning."""
-    return {0.0: report["before"]["top1"]} | {r["asked"]: r["after"]["top1"] for r in report["results"]}
-
-
-def read_accuracies(path: Path) -> dict[float, float]:
-    """Return what `accuracies_of` does for a prune.json; empty without the file."""
-    report = read_json(path)
-    return {} if report is None else accuracies_of(report)
-
-
 def run_folder(out: Path, config: Config, seed: int) -> Path:
     """Return the folder of one run."""
     return out / config.method / config.name / f"seed{seed}"
@@ -204,8 +192,8 @@ def held_out_accuracy(study: Study, out: Path, config: Config) -> dict[float, fl
     found: dict[float, float] = {}
     for run, ratios in config.runs(study.percent).items():
         seeds = [read_accuracies(run_folder(out, run, seed) / "val" / "prune.json") for seed in study.tune_seeds]
-        if all(seeds):
-            own = (0.0, *ratios) if run.ratio is None else ratios
+        own = (0.0, *ratios) if run.ratio is None else ratios
+        if all(accuracies.keys() >= {*own} for accuracies in seeds):
             found |= {ratio: mean(accuracies[ratio] for accuracies in seeds) for ratio in own}
     return found
 

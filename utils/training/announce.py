@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from models import ARCHS, find_arch
+from utils.command_line import option
 from utils.distributed import processes
 from utils.halo.lambda_sgd import load_kernel
 from utils.halo.penalties import HALO, Penalty
@@ -66,9 +67,9 @@ def next_command(args: argparse.Namespace, checkpoint: Path) -> str:
     """Return the command that prunes a trained network."""
     small = find_arch(args.arch) in [arch for arch in ARCHS.values() if arch.linear]
     parts = ["python", script_path("mnist/mnist.py" if small else "cifar_prune_iterative.py")]
-    parts += ["--percent", "0.9", "0.95", "0.98", "--resume", str(checkpoint)]
+    parts += ["--percent", "0.9", "0.95", "0.98", *option("--resume", checkpoint)]
     if args.arch not in ARCHS:
         parts += ["-a", args.arch]  # the code of a network of the user's own runs only where it is named
     if args.data != "data":
-        parts += ["--data", str(args.data)]
+        parts += option("--data", args.data)
     return shlex.join(parts)

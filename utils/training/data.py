@@ -78,10 +78,10 @@ def load_mnist(root: Path, preprocessing: Preprocessing) -> tuple[Split, Split, 
 
     try:
         splits = _downloaded(datasets.MNIST, root)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # torchvision looks at what is there by assertions
         raise ValueError(
-            f"cannot download MNIST to {root} ({error}): place the four *-ubyte files in {root / 'MNIST' / 'raw'} "
-            "by hand, or name another --data"
+            f"cannot read MNIST in {root} or download it ({error}): place the four *-ubyte files in "
+            f"{root / 'MNIST' / 'raw'} by hand, or name another --data"
         ) from error
     train, test = (Split(split.data[:, None].contiguous(), split.targets) for split in splits)
     return train, test, tuple(str(digit) for digit in range(10))

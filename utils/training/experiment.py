@@ -12,27 +12,28 @@ import torch
 from torch import nn
 
 from models import check_own_network, takes_linear
-from utils.distributed import is_main, lost, main_first, process_group, processes, rank, replicate
-from utils.files.checkpoint import load_checkpoint, save_checkpoint
+from utils.distributed import is_main, main_first, process_group, processes, rank, replicate
+from utils.files.checkpoint import load_checkpoint
 from utils.files.lock import Lock
 from utils.files.record import build_recorded, read_record, recorded_widths
 from utils.halo.masks import FixedZeros
 from utils.halo.parameters import penalized_parameters
 from utils.halo.penalties import Penalty, make_penalty
+from utils.interrupts import interrupt_later
 from utils.logger import epoch_line, result_text, say, warn
 from utils.options import OptionError
-from utils.run import choose_device, clear_run, describe, interrupt_later, run_folder, set_seed, write_json
+from utils.run import choose_device, clear_run, run_folder, set_seed
 from utils.training import loading
 from utils.training.announce import compute_line, data_line, network_line
 from utils.training.compiled import CompiledNetwork
 from utils.training.dataset import Dataset
-from utils.training.epoch import NonFiniteLossError
 from utils.training.optimizers import make_optimizers
 from utils.training.outputs import write_outputs
 from utils.training.precision import Precision
 from utils.training.row import run_epoch, seconds_an_epoch
-from utils.training.state import describe_images, load_state, network_state, save_state, where_to_go_on
-from utils.training.zeros import begin, describe_zeros
+from utils.training.state import load_state, save_state
+from utils.training.stops import begin_folder, way_to_go_on
+from utils.training.zeros import begin
 
 
 class Experiment:
@@ -101,43 +102,27 @@ class Experiment:
             The content of summary.json.
 
         Raises:
-            NonFiniteLossError: the loss is not finite; the last good checkpoint stays.
-            KeyboardInterrupt: Ctrl-C or a signal to end, with the command that continues.
-            ConnectionError: another process of a distributed run ended; with the command that continues.
+            CheckpointError, OSError: nothing can be written; nothing is.
+            Exception: as `stops.way_to_go_on` says, with the command that continues.
             ReplicasDifferError: lam is not the same in all processes.
             LockedError: another process has taken the folder over; it is left alone.
-            OSError: a file cannot be written; the last one written stays.
         """
         late = [epoch for epoch in self.args.schedule if epoch >= self.args.epochs]
         if late:
             warn(f"no decay at --schedule {' '.join(map(str, late))}: the run has only --epochs {self.args.epochs}")
-        if self.epoch == 0:
-            if is_main():
-                save_checkpoint(self.folder / "init.pth.tar", network_state(self))
-            save_state(self)
-        while self.epoch < self.args.epochs:
-            self._advance()
-            left = (self.args.epochs - self.epoch) * seconds_an_epoch(self)
-            say(epoch_line(self.history[-1], epochs=self.args.epochs, left=left))
-        return write_outputs(self)
-
-    def _advance(self) -> None:
-        """Finish one more epoch, or end with the command that continues."""
-        try:
-            row = self.run_epoch()
+        with way_to_go_on(self):
             with interrupt_later():
-                if self.lock:
-                    self.lock.require()
-                self.history.append(row)
-                save_state(self)
-        except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"epoch {self.epoch + 1}, {error}. {where_to_go_on(self)}") from error
-        except KeyboardInterrupt as error:
-            raise type(error)(f"stopped. {where_to_go_on(self)}") from error
-        except RuntimeError as error:
-            if processes() == 1:
-                raise
-            raise ConnectionError(f"rank {rank()}: {lost(error)}. {where_to_go_on(self)}") from error
+                begin_folder(self)
+            while self.epoch < self.args.epochs:
+                row = self.run_epoch()
+                with interrupt_later():
+                    if self.lock:
+                        self.lock.require()
+                    self.history.append(row)
+                    save_state(self)
+                left = (self.args.epochs - self.epoch) * seconds_an_epoch(self)
+                say(epoch_line(self.history[-1], epochs=self.args.epochs, left=left))
+            return write_outputs(self)
 
 
 def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experiment] = Experiment) -> dict:
@@ -206,7 +191,4 @@ def train(
         begin(experiment)
         if is_main():
             clear_run(experiment.folder)
-    if is_main():
-        described = describe(args, device) | describe_images(data) | describe_zeros(experiment)
-        write_json(experiment.folder / "config.json", described)
     return experiment.run()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from utils.files.preprocessing import Preprocessing
+from utils.files.preprocessing import PIXELS, Preprocessing
 from utils.training.dataset import Split
 
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # of PIL's many; EPS would start a program
 MEMORY_SHARE = 0.5  # of the available memory that images may take: holding images out copies them once
 
 
@@ -19,15 +21,22 @@ def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
     """Read one image as uint8 (C, H, W), at the size that the preprocessing gives it.
 
     Raises:
-        ValueError: the file is no image, or damaged.
+        ValueError: the file is no image, damaged, or too large.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: remove it")  # a pipe would be waited for
     try:
-        with Image.open(path) as image:
-            return preprocessing.pixels(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is no readable image: remove or replace the file") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                return preprocessing.pixels(image)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} has too many pixels: give images of {PIXELS:,} at most") from error
+    except Exception as error:  # a damaged file makes the readers of PIL raise almost anything
+        reason = f"{error}; readable are {', '.join(FORMATS)}"
+        raise ValueError(f"{path} is no readable image ({reason}): remove or replace the file") from error
 
 
 def visible(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,7 @@ def write_outputs(run: Experiment) -> dict:
         np.savez_compressed(file, **plot_lambda.histograms(weights, lambdas))
     draw_curves(run.folder, run.history, vars(run.args))
     draw_regularization(run.folder, last, vars(run.args))
+    summary["log_sha256"] = hashlib.sha256((run.folder / "log.csv").read_bytes()).hexdigest()
     write_json(run.folder / "summary.json", summary)
     result = f"{run.held_out} top-1 {last[top1]:.2f}% after {run.epoch} epochs"
     test = f"; its test top-1 {summary['test_of_best']['top1']:.2f}%" if "test_of_best" in summary else ""

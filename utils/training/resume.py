@@ -105,18 +105,18 @@ def _fits_optimizer(saved: object, optimizer: Optimizer) -> bool:
             return False
         if any(group[key] != own[key] for key in own if key in group and key != "lr"):
             return False
-    return all(_fits_buffers(key, buffers, parameters) for key, buffers in saved["state"].items())
+    moves = any(group["momentum"] for group in fresh)
+    return all(_fits_buffers(key, buffers, parameters, moves=moves) for key, buffers in saved["state"].items())
 
 
-def _fits_buffers(number: object, buffers: object, parameters: list[Tensor]) -> bool:
-    """Tell whether these are buffers of a parameter, which is known by its number."""
+def _fits_buffers(number: object, buffers: object, parameters: list[Tensor], *, moves: bool) -> bool:
+    """Tell whether these are buffers of a parameter, which is known by its number, with momentum or without."""
     if type(number) is not int or not 0 <= number < len(parameters) or not isinstance(buffers, Mapping):
         return False
-    own = parameters[number].detach()
-    return all(
-        value is None or _is_number(value) or (isinstance(value, Tensor) and (value.dim() == 0 or _is_like(value, own)))
-        for value in buffers.values()
-    )
+    buffer, own = buffers.get("momentum_buffer"), parameters[number].detach()
+    # a compiled step would write beyond a buffer that is smaller than its parameter
+    fits = isinstance(buffer, Tensor) and _is_like(buffer, own)
+    return {*buffers} <= {"momentum_buffer"} and (fits or (buffer is None and not moves))
 
 
 def _fits_scheduler(saved: object, scheduler: object, epoch: int) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from utils.distributed import is_main, processes, require_equal
+from utils.distributed import is_main, require_equal
 from utils.files.checkpoint import CheckpointError, load_weights, save_checkpoint
 from utils.logger import write_csv
 from utils.options import check_gmp
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 # Options that a resumed run may change: none of them alters what an epoch computes, beyond the order of sums.
 FREE_ON_RESUME = {"epochs", "data", "save_dir", "device", "test_batch", "overwrite", "resume", "evaluate", "compile"}
 # Options that a resumed run takes from its checkpoint where they are not given.
-KEPT_ON_RESUME = ("start", "mask", "gmp_epochs")
+KEPT_ON_RESUME = {"start": str, "mask": str, "gmp_epochs": list}
 
 
 def network_state(run: Experiment) -> dict:
@@ -76,9 +74,12 @@ def load_state(run: Experiment, state: dict, path: str | Path) -> None:
     """
     with usable(path):
         check_same_run(run, state, path)
-        for name in KEPT_ON_RESUME:
+        for name, kind in KEPT_ON_RESUME.items():
+            value = state["config"].get(name)
+            if not isinstance(value, (kind, type(None))):
+                raise damaged(path, f"no {name} under 'config'")
             if getattr(run.args, name) is None:
-                setattr(run.args, name, state["config"].get(name))
+                setattr(run.args, name, value)
         check_gmp(run.args)
         load_weights(run.model, state["state_dict"], path=path)
         check_parts(run, state, path)
@@ -145,16 +146,3 @@ def save_state(run: Experiment) -> None:
         save_checkpoint(run.folder / "model_best.pth.tar", network_state(run))
     save_checkpoint(run.folder / "checkpoint.pth.tar", run_state(run))
     write_csv(run.folder / "log.csv", run.history)
-
-
-def where_to_go_on(run: Experiment) -> str:
-    """Say which checkpoint a stopped run left, and the command that continues it."""
-    arguments = [a for a in sys.argv[1:] if a != "--overwrite" and not a.startswith(("--resume=", "--start="))]
-    for option in {"--resume", "--start"} & {*arguments}:
-        position = arguments.index(option)
-        del arguments[position : position + 2]
-    checkpoint = run.folder / "checkpoint.pth.tar"
-    launcher = ["python"] if processes() == 1 else ["torchrun", "--nproc_per_node", str(processes())]
-    command = shlex.join([*launcher, sys.argv[0], *arguments, "--resume", str(checkpoint)])
-    epoch = f" ({run.epoch})" if processes() == 1 else ""  # rank 0 may have been lost while writing it
-    return f"{checkpoint} holds the last finished epoch{epoch}; continue with: {command}"

@@ -1,0 +1,89 @@
+"""Ctrl-C and SIGTERM at any moment of a script: one line, the usual exit status, no traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import Future
+from functools import partial
+
+import pytest
+from conftest import ROOT
+
+from utils.interrupts import deaf_children
+from utils.studies import jobs
+
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "mnist/mnist.py", "results/redraw.py"]
+SLOW = "import os, time\nos.write(1, b'loading')\ntime.sleep(100)\n"  # in the place of torch
+
+
+def started(script, folder, *, ignored=()):
+    """Start a script that stands still where it imports torch, and wait until it does."""
+    (folder / "torch.py").write_text(SLOW)
+
+    def heed():  # as a terminal does; a shell in the background ignores SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_IGN if signal.SIGINT in ignored else signal.default_int_handler)
+
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, ROOT / script], env=environment, preexec_fn=heed, **pipes)
+    assert process.stdout.read(7) == b"loading"
+    return process
+
+
+@pytest.mark.parametrize("number", STATUS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_while_torch_is_loaded_is_one_line(script, number, tmp_path):
+    process = started(script, tmp_path)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == STATUS[number]
+    assert errors.decode().split("\n") == ["", f"{script.split('/')[-1]}: interrupted", ""]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    process = started("cifar.py", tmp_path, ignored=[signal.SIGINT])
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    process.communicate()
+
+
+def blocked() -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_what_is_started_deaf_never_gets_ctrl_c():
+    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    run = partial(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run().stdout == "False\n"
+    with deaf_children():
+        assert run().stdout == "True\n"
+    assert not blocked()
+
+
+def test_ctrl_c_waits_until_the_children_are_started():
+    with pytest.raises(KeyboardInterrupt), deaf_children():
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached
+
+
+def test_the_workers_of_a_study_are_started_deaf(monkeypatch):
+    class Pool:
+        def __init__(self, *_, **__):
+            pass
+
+        def submit(self, run, job):
+            done = Future()
+            done.set_result(blocked())
+            return done
+
+        def shutdown(self, **_):
+            pass
+
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", Pool)
+    assert [was for _, was in jobs.run_jobs(["a", "b"], processes=1)] == [True, True]

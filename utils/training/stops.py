@@ -1,0 +1,111 @@
+"""How a run can be continued whenever it stops: what is in its folder before the first epoch, and what it says."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.command_line import option
+from utils.distributed import is_main, lost, processes, rank
+from utils.files.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.files.lock import LockedError
+from utils.logger import warn
+from utils.run import clear_run, describe, write_json
+from utils.training.epoch import NonFiniteLossError
+from utils.training.state import describe_images, network_state, save_state
+from utils.training.zeros import describe_zeros
+
+if TYPE_CHECKING:
+    from utils.training.experiment import Experiment
+
+CONTINUED = ("cifar.py", "mnist.py")  # scripts with --resume; the others go on by themselves
+
+
+def begin_folder(run: Experiment) -> None:
+    """Write config.json, and what makes the run one that can be continued from its folder, or nothing.
+
+    Raises:
+        OSError: they cannot be written.
+        CheckpointError: the run goes on in another folder, and its best network cannot be brought along.
+    """
+    checkpoint = run.folder / "checkpoint.pth.tar"
+    own = run.args.resume and os.path.realpath(run.args.resume) == os.path.realpath(checkpoint)
+    try:
+        if is_main():
+            described = describe(run.args, run.device) | describe_images(run.data) | describe_zeros(run)
+            write_json(run.folder / "config.json", described)
+            if run.epoch == 0:
+                save_checkpoint(run.folder / "init.pth.tar", network_state(run))
+            elif not own and run.best is not run.history[-1]:
+                _bring_best(run)
+        if not own:
+            save_state(run)
+    except (OSError, CheckpointError):
+        if is_main() and not checkpoint.exists():
+            clear_run(run.folder)
+        raise
+
+
+def _bring_best(run: Experiment) -> None:
+    """Copy the network of the best epoch from the folder that a run comes from, unless it will not be read again."""
+    source = Path(run.args.resume).with_name("model_best.pth.tar")
+    epoch = run.best["epoch"]
+    if source.exists():
+        best = load_checkpoint(source)
+        if best.get("epoch") == epoch:
+            save_checkpoint(run.folder / source.name, best)
+            return
+    text = f"{source} with the best epoch so far ({epoch}) is not beside {run.args.resume}"
+    if run.args.val_split and not run.args.no_test:
+        raise CheckpointError(f"{text}, and is to be tested at the end: bring it, or give --no_test")
+    warn(f"{text}: there will be no model_best.pth.tar unless a later epoch is better")
+
+
+@contextmanager
+def way_to_go_on(run: Experiment) -> Iterator[None]:
+    """Let whatever stops a run say which checkpoint it left, and the command that continues it.
+
+    Raises:
+        NonFiniteLossError: the loss is not finite; the last good checkpoint stays.
+        KeyboardInterrupt: Ctrl-C or a signal to end.
+        LockedError: another process has taken the folder over; it is left alone.
+        OSError: a file cannot be written; the last one written stays.
+        ConnectionError: another process of a distributed run ended.
+    """
+    try:
+        yield
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"epoch {run.epoch + 1}, {error}. {where_to_go_on(run)}") from error
+    except KeyboardInterrupt as error:
+        raise type(error)(f"stopped. {where_to_go_on(run)}") from error
+    except LockedError:
+        raise
+    except OSError as error:
+        raise OSError(f"{error}. {where_to_go_on(run)}") from error
+    except RuntimeError as error:
+        if processes() == 1:
+            raise
+        raise ConnectionError(f"rank {rank()}: {lost(error)}. {where_to_go_on(run)}") from error
+
+
+def where_to_go_on(run: Experiment) -> str:
+    """Say which checkpoint a stopped run left, and the command that continues it."""
+    checkpoint = run.folder / "checkpoint.pth.tar"
+    if not checkpoint.exists():
+        return "Nothing is kept of the run: start it again"
+    epoch = f" ({run.epoch})" if processes() == 1 else ""  # rank 0 may have been lost while writing it
+    left = f"{checkpoint} holds the last finished epoch{epoch}"
+    if not sys.argv[0].endswith(CONTINUED):
+        return f"{left}; the same command goes on"
+    arguments = [a for a in sys.argv[1:] if a != "--overwrite" and not a.startswith(("--resume=", "--start="))]
+    for name in {"--resume", "--start"} & {*arguments}:
+        position = arguments.index(name)
+        del arguments[position : position + 2]
+    launcher = ["python"] if processes() == 1 else ["torchrun", "--nproc_per_node", str(processes())]
+    command = shlex.join([*launcher, sys.argv[0], *arguments, *option("--resume", checkpoint)])
+    return f"{left}; continue with: {command}"
