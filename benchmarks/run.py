@@ -27,8 +27,10 @@ from benchmarks.timing import interleave, rows
 from models import ARCHS, build_model
 from utils.files.atomic import write_text
 from utils.halo.lambda_sgd import FusedHALO, LambdaSGD
-from utils.halo.parameters import penalized_parameters
+from utils.halo.masks import FixedZeros
+from utils.halo.parameters import penalized_parameters, prunable_weights
 from utils.halo.penalties import HALO, Penalty
+from utils.halo.pruning import prune_by_magnitude_
 from utils.run import describe, run_script, write_json
 from utils.training.augment import Loader
 from utils.training.compiled import CompiledNetwork
@@ -76,8 +78,10 @@ class Training:
         train_one_epoch(self.model, loader, *parts, device=CPU, forward=self.forward, precision=self.precision)
 
 
-def step_of(training: Training, step_penalty: Callable[[], None] | None) -> Callable[[], None]:
-    """Return a function that trains on one batch, always the same."""
+def step_of(
+    training: Training, step_penalty: Callable[[], None] | None, zeros: FixedZeros | None = None
+) -> Callable[[], None]:
+    """Return a function that trains on one batch, always the same, and may hold weights at zero."""
     images = torch.randn(BATCH[training.arch], *ARCHS[training.arch].shape).to(memory_format=training.layout)
     labels = torch.randint(10, (len(images),))
     training.model.train()
@@ -86,6 +90,8 @@ def step_of(training: Training, step_penalty: Callable[[], None] | None) -> Call
         with training.precision.autocast():
             logits = training.forward(images)
         F.cross_entropy(logits.float(), labels).backward()
+        if zeros:
+            zeros.clear_grad_()
         if step_penalty:
             step_penalty()
         training.optimizer.step()
@@ -115,7 +121,21 @@ def bench_step() -> dict[str, list[dict]]:
         }
         times = interleave(functions, repeats=repeats, inner=inner)
         tables[f"One step, {name}, batch {BATCH[training.arch]}"] = rows(times, reference="no penalty", faster=False)
-    return tables
+    return tables | masked_step("VGG-16")
+
+
+def masked_step(name: str) -> dict[str, list[dict]]:
+    """Compare a step with HALO with the same step while 95% of the weights are held at zero."""
+    training = Training(name)
+    weights = prunable_weights(training.model, linear=ARCHS[training.arch].linear)
+    prune_by_magnitude_(weights, 0.95)
+    step = training.lam_optimizers[0].step
+    functions = {
+        "HALO": step_of(training, step),
+        "HALO, 95% held at zero": step_of(training, step, FixedZeros(weights)),
+    }
+    table = rows(interleave(functions, repeats=41), reference="HALO", faster=False)
+    return {f"One step with a mask, {name}, batch {BATCH[training.arch]}": table}
 
 
 def bench_layout() -> dict[str, list[dict]]:

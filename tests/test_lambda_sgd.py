@@ -107,6 +107,64 @@ def test_another_sgd_of_the_weights_is_refused(options):
         FusedHALO(halo(params), **FACTORS, weights=weights)
 
 
+def exchange(what, model, optimizer, lam_optimizer):
+    """Put another tensor where the step found one before, in a way that says nothing."""
+    w = model.weight
+    lam = lam_optimizer.penalty.lambdas["weight"]
+    if what in ("w", "lam"):
+        tensor = {"w": w, "lam": lam}[what]
+        tensor.data = tensor.data * 2
+    elif what == "layout":
+        w.data = w.data.contiguous(memory_format=torch.channels_last)
+    elif what == "grad":
+        w.grad = w.grad * 2
+    elif what == "grad layout":
+        w.grad = w.grad.contiguous(memory_format=torch.channels_last)
+    elif what == "no grad":
+        w.grad = None
+    elif what == "rates":
+        optimizer.param_groups[0]["lr"], lam_optimizer.param_groups[0]["momentum"] = 0.3, 0.1
+    elif what.startswith("state of"):
+        of, parameter = (optimizer, w) if what.endswith("w") else (lam_optimizer, lam)
+        of.load_state_dict(copy.deepcopy(of.state_dict()))
+        of.state[parameter]["momentum_buffer"].mul_(2)
+    elif what == "buffer":
+        optimizer.state[w]["momentum_buffer"] = torch.ones_like(w)
+    elif what == "one state":
+        lam_optimizer.state[lam] = {"momentum_buffer": torch.ones_like(lam)}
+    elif what == "buffer data":
+        buffer = optimizer.state[w]["momentum_buffer"]
+        buffer.data = torch.ones_like(buffer)
+    else:
+        lam_optimizer.state.clear()
+
+
+EXCHANGED = ["w", "lam", "layout", "grad", "grad layout", "no grad", "rates", "state of w", "state of lam", "buffer"]
+
+
+@pytest.mark.parametrize("what", [*EXCHANGED, "one state", "buffer data", "cleared"])
+def test_what_is_exchanged_between_two_steps_is_noticed(what):
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 5, 3, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), **FACTORS)
+        penalty = HALO(penalized_parameters(model), xi=0.3, psi=0.2, lambda_init=0.7)
+        options = {"weights": optimizer} if fused else {}
+        lam_optimizer = (FusedHALO if fused else LambdaSGD)(penalty, **FACTORS, **options)
+        for step in range(5):
+            model.weight.grad = torch.randn(model.weight.shape, generator=torch.Generator().manual_seed(step))
+            if step == 2:
+                before = lam_optimizer.penalty.lambdas["weight"].detach().clone()
+                exchange(what, model, optimizer, lam_optimizer)
+            lam_optimizer.step()
+            optimizer.step()
+        assert (penalty.lambdas["weight"] != before).all()
+        results.append([model.weight, *penalty.parameters()])
+    for slow, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
+
+
 def train_200(make_optimizer, *, in_one_pass=False):
     """Train LeNet-300-100 on random images, slowly: at 0.1 a rounding error grows without bound. Return w and lam."""
     torch.manual_seed(0)

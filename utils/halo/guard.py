@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 
+NOWHERE = nn.Module()  # where a name leads that the model no longer has
+
 
 class NamedParameters(dict):
     """Name to parameter, with the model that they are of, so that a penalty notices when it has others instead."""
@@ -17,6 +19,33 @@ class NamedParameters(dict):
     def __init__(self, named: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], model: nn.Module) -> None:
         super().__init__(named)
         self.model = model
+        self._path: tuple[list, list] | None = None
+
+    def __getstate__(self) -> dict:
+        """Leave out what leads to the tensors, which a copy finds again."""
+        return {"model": self.model, "_path": None}
+
+    def stand(self) -> bool:
+        """Return whether every tensor is where its name leads; the way is found once, then only compared."""
+        modules, tensors = self._path = self._path or self._find()
+        if all(module._modules.get(key) is child for module, key, child in modules) and all(
+            module._parameters.get(key) is w for module, key, w in tensors
+        ):
+            return True
+        self._path = None
+        return False
+
+    def _find(self) -> tuple[list, list]:
+        """Return the steps from module to module, each once, and from the last module to the tensor."""
+        modules, tensors = {}, []
+        for name, w in self.items():
+            module, (*path, key) = self.model, name.split(".")
+            for part in path:
+                child = module._modules.get(part, NOWHERE)
+                modules[id(module), part] = module, part, child
+                module = child
+            tensors.append((module, key, w))
+        return [*modules.values()], tensors
 
 
 def distinct(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,7 +78,7 @@ def require_current(params: dict[str, Tensor]) -> None:
         ValueError: a layer was replaced, or its tensor was.
     """
     model = getattr(params, "model", None)
-    if model is None or all(_at(model, name) is w for name, w in params.items()):
+    if model is None or params.stand():
         return
     ids = {id(p) for p in model.parameters()}  # one may have moved to another name
     for name, w in params.items():
@@ -59,16 +88,6 @@ def require_current(params: dict[str, Tensor]) -> None:
                 "load_state_dict(assign=True) put another tensor there. Build the optimizer, the penalty and its "
                 "optimizer anew; new_penalty.load_state_dict(penalty.state_dict()) keeps lam"
             )
-
-
-def _at(model: nn.Module, name: str) -> Tensor | None:
-    """Return the parameter of this dotted name, None if there is none."""
-    *path, key = name.split(".")
-    for part in path:
-        model = model._modules.get(part)
-        if model is None:
-            return None
-    return model._parameters.get(key)
 
 
 def require_beside(name: str, w: Tensor, lam: Tensor) -> None:

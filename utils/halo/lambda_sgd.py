@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import SGD, Optimizer
 
-from .floor import LAMBDA_FLOOR, inverse_of
+from .compiled_step import CompiledStep, Factors, factors_of
+from .floor import inverse_of
 from .guard import require_beside, require_current
 from .memory import CHUNK, aligned, aligned_gradient, is_dense, pieces
 from .native import load_native
@@ -137,6 +138,7 @@ class FusedHALO(LambdaSGD):
     def _prepare(self, weights: SGD | None) -> None:
         """Find the form of the pass, and have it run by the optimizer of the weights if there is one."""
         self._weights, self._kernel, self.slow_because, self._asked = weights, None, None, False
+        self._call: CompiledStep | None = None
         self._pairs = [(name, self.penalty.penalized[name], lam) for name, lam in self.penalty.lambdas.items()]
         tensors = [tensor for _, *pair in self._pairs for tensor in pair]
         if all(t.dtype == torch.float32 and t.device.type == "cpu" and is_dense(t) for t in tensors):
@@ -200,6 +202,17 @@ class FusedHALO(LambdaSGD):
             raise ValueError("a penalised weight or its lam is frozen (requires_grad is False): use LambdaSGD")
 
     def _pass(self) -> None:
+        if not (self._kernel and self._call and self._call.refresh()):
+            sets = self._checked()
+            if not self._kernel:
+                self._run_pieces(sets)
+                return
+            self._call = CompiledStep(sets, self, self._weights)
+        self._call.run(self._kernel, xi=self.penalty.xi, psi=self.penalty.psi)
+
+    def _checked(self) -> list[tuple[Tensor, ...]]:
+        """Return weight, gradient, lam and momentum of lam, tensor by tensor, fit for the pass."""
+        self._call = None
         self._require_trained()
         for name, w, lam in self._pairs:
             require_beside(name, w, lam)
@@ -210,29 +223,15 @@ class FusedHALO(LambdaSGD):
             if lam.stride() != w.stride():  # the network got another layout
                 lam.data = aligned(lam.data, w)
                 self._kernel = self._kernel if is_dense(w) else None
-        sets = [(w, aligned_gradient(w), lam, velocity_of(self, lam)) for _, w, lam in self._pairs]
-        if self._kernel:
-            self._run_kernel(sets)
-            return
+            if self._kernel and self._weights is not None:
+                velocity_of(self._weights, w)
+        return [(w, aligned_gradient(w), lam, velocity_of(self, lam)) for _, w, lam in self._pairs]
+
+    def _run_pieces(self, sets: list[tuple[Tensor, ...]]) -> None:
         factors = {"xi": self.penalty.xi, "psi": self.penalty.psi} | factors_of(self)
         for tensors in sets:
             for piece in pieces(*tensors, size=self._chunk):
                 self._halo_step_(*piece, **factors)
-
-    def _run_kernel(self, sets: list[tuple[Tensor, ...]]) -> None:
-        array = ctypes.c_void_p * len(sets)
-        columns = [*zip(*sets, strict=True)]
-        sizes = (ctypes.c_int64 * len(sets))(*map(Tensor.numel, columns[0]))
-        of_lam, of_w, w_velocities = Factors(**factors_of(self)), Factors(), None
-        if self._weights is not None:
-            of_w = Factors(**factors_of(self._weights))
-            w_velocities = array(*(velocity_of(self._weights, w).data_ptr() for w in columns[0]))
-        addresses = [array(*map(Tensor.data_ptr, column)) for column in columns]
-        strengths = self.penalty.xi, self.penalty.psi, 1 / LAMBDA_FLOOR
-        self._kernel(len(sets), sizes, *addresses, w_velocities, *strengths, of_lam, of_w)
-        if self._weights is not None:
-            for w in columns[0]:
-                w.grad = None
 
 
 def require_plain_sgd(weights: Optimizer, penalty: HALO) -> None:
@@ -256,17 +255,6 @@ def require_plain_sgd(weights: Optimizer, penalty: HALO) -> None:
     for name, w in penalty.penalized.items():
         if id(w) not in stepped:
             raise ValueError(f"{name!r} is penalised, but the optimizer of weights= does not have it: {remedy}")
-
-
-class Factors(ctypes.Structure):
-    """The factors of SGD, as the kernel takes them."""
-
-    _fields_ = [(name, ctypes.c_float) for name in ("lr", "momentum", "weight_decay")]
-
-
-def factors_of(optimizer: SGD) -> dict[str, float]:
-    """Return learning rate, momentum and weight decay as they are now."""
-    return {name: optimizer.param_groups[0][name] for name in ("lr", "momentum", "weight_decay")}
 
 
 def velocity_of(optimizer: SGD, parameter: Tensor) -> Tensor:
