@@ -63,6 +63,8 @@ class NaiveTraining:
         self.penalty().backward()
         self.optimizers[1].step()
         self.optimizers[1].zero_grad()
+        for p in self.model.parameters():
+            p.grad = p.grad.detach()  # to the other forms, which step these weights in turn, another step's gradient
 
     def epoch(self, loader: DataLoader) -> None:
         """Train on all batches."""

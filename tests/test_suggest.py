@@ -100,6 +100,7 @@ def test_the_page_on_loops_of_ones_own_runs_as_it_stands(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_loop.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
+    blocks = [block for block in blocks if "accelerate" not in block and "lightning" not in block]  # test_frameworks.py
     for block in blocks:
         exec(compile(block.replace("import halo", "import utils.halo as halo"), "own_loop.md", "exec"), names)
     assert len(blocks) >= 4 and (tmp_path / "checkpoint.pt").is_file()
