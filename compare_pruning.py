@@ -43,7 +43,11 @@ def read_report(path: str) -> tuple[dict, dict[float, float]]:
     Raises:
         ValueError: the file is missing or not written by the pruning stage.
     """
-    report = read_measurement(path)
+    try:
+        report = read_measurement(path)
+    except ValueError as error:  # whose remedy is for a file of ours, which this need not be
+        what = str(error).rpartition(": ")[0]
+        raise ValueError(f"{what}; it is no prune.json of cifar_prune_iterative.py: use another file") from error
     if report is None:
         raise ValueError(f"{path} does not exist: give a prune.json of cifar_prune_iterative.py")
     kinds = {key: (int, type(None)) if key == "depth" else str for key in COMPARED}

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch 
 
     leave_when_interrupted()
 
-from benchmarks.report import plot_scaling
+from benchmarks.report import plot_scaling, plot_sparsity
 from utils import options, plots
 from utils.files.checkpoint import load_checkpoint
 from utils.logger import say
@@ -145,6 +145,11 @@ def scaling(folder: Path, name: str) -> None:
     plot_scaling(next(table for table in tables.values() if "compiled ms" in table[0]), folder / "scaling.png")
 
 
+def sparse(folder: Path, name: str) -> None:
+    """Draw sparse.png of the benchmarks."""
+    plot_sparsity(read_json(folder / "sparse.json")["sparsity"], folder / "sparse.png")
+
+
 DRAWN_BY: dict[str, Callable[[Path, str], None]] = {
     "accuracy_vs_sparsity.png": accuracy_vs_sparsity,
     "adaptivity.png": controls,
@@ -154,6 +159,7 @@ DRAWN_BY: dict[str, Callable[[Path, str], None]] = {
     "pareto.png": lambda folder, name: None,  # with the study's other figure
     "regularization.png": regularization,
     "scaling.png": scaling,
+    "sparse.png": sparse,
 }
 
 

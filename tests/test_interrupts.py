@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from utils.interrupts import deaf_children
-from utils.studies import jobs
+from utils.studies import executors
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "mnist/mnist.py", "results/redraw.py"]
@@ -85,5 +85,6 @@ def test_the_workers_of_a_study_are_started_deaf(monkeypatch):
         def shutdown(self, **_):
             pass
 
-    monkeypatch.setattr(jobs, "ProcessPoolExecutor", Pool)
-    assert [was for _, was in jobs.run_jobs(["a", "b"], processes=1)] == [True, True]
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", Pool)
+    with executors.local_workers(1) as workers:
+        assert [was for _, was in executors.run_jobs(["a", "b"], workers)] == [True, True]

@@ -378,6 +378,7 @@ NEEDED = {
     "energy.png": "energy.json",
     "regularization.png": "regularization.npz",
     "scaling.png": "results.json",
+    "sparse.png": "sparse.json",
 }
 
 

@@ -88,7 +88,7 @@ def test_a_diverging_cross_entropy_is_blamed():
         train_one_epoch(model, batches, penalty, *optimizers, device=CPU)
 
 
-@pytest.mark.parametrize("make", [lambda p: HALO(p, xi=1e20, psi=0, lambda_init=1e-20), lambda p: L1(p, xi=1e38)])
+@pytest.mark.parametrize("make", [lambda p: HALO(p, xi=1e20, psi=0, lambda_init=1e-18), lambda p: L1(p, xi=1e38)])
 def test_a_diverging_penalty_is_blamed(make):
     model, batches = toy()
     penalty = make(penalized_parameters(model))

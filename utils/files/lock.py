@@ -120,10 +120,19 @@ def _take(lock: Lock) -> dict | None:
                 return holder
             _remove_stale(lock.path)
             continue
-        with os.fdopen(descriptor, "w") as file:
-            file.write(lock.content)
+        _fill(descriptor, lock)
         return None
     return holder_of(lock.path) or {"host": "an unknown machine", "process": "?"}
+
+
+def _fill(descriptor: int, lock: Lock) -> None:
+    """Write the lock to its file, which was just made, or take the file away again."""
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(lock.content)
+    except OSError as error:
+        lock.path.unlink(missing_ok=True)
+        raise OSError(f"cannot write {lock.path} ({error.strerror}): free space, then start it again") from error
 
 
 def _remove_stale(path: Path) -> None:

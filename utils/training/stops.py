@@ -86,7 +86,7 @@ def way_to_go_on(run: Experiment) -> Iterator[None]:
     except LockedError:
         raise
     except OSError as error:
-        raise OSError(f"{error}. {where_to_go_on(run)}") from error
+        raise type(error)(f"{error}. {where_to_go_on(run)}") from error
     except RuntimeError as error:
         if processes() == 1:
             raise
