@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 import check_params
+from utils.files import load_model
 
 FOLDER = ROOT / "pretrained_models"
 MODELS = json.loads((FOLDER / "models.json").read_text())
@@ -37,6 +39,13 @@ def test_zeros(model):
     report = check(model, "--no_data")
     assert report["prunable"] - report["prunable_nonzero"] == model["zeros"]
     assert report["prunable"] == model["prunable"] and report["stored_top1"] == pytest.approx(model["top1"], abs=0.005)
+
+
+@each_model
+def test_it_is_ready_in_one_call_and_names_its_outputs(model):
+    network = load_model(FOLDER / model["file"])
+    images = torch.zeros(1, *network.preprocess.shape)
+    assert network(images).shape == (1, len(network.class_names))
 
 
 @each_model
