@@ -89,6 +89,33 @@ def test_networks_at_any_batch_size_and_number_of_threads(name):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_threads_share_the_operations_of_one_image(name, monkeypatch):
+    """Each computes some channels of every operation, in the same order: equal bit for bit."""
+    monkeypatch.setattr(sparse, "THREAD", 1)
+    torch.manual_seed(0)
+    model, shape = NETWORKS[name]()
+    fast, x = SparseNetwork(pruned(model, 0.5)), images(2, *shape)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = torch.cat([fast(x[:1]), fast(x[1:])])
+        for n in (2, 3, 8):
+            torch.set_num_threads(n)
+            assert torch.equal(fast(x[:1]), alone[:1]) and torch.equal(fast(x), alone)
+            assert sparse._threads_for(fast._prepared[shape], 0, 1, most=n) == n
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_threads_share_only_large_operations():
+    for arch, sparsity, want in (("vgg16_bn", 0.5, 2), ("resnet", 0.8, 1)):
+        fast = SparseNetwork(pruned(build_model(arch, 10, 20 if arch == "resnet" else None), sparsity))
+        fast(images(1, 3, 32, 32))
+        assert sparse._threads_for(fast._prepared[3, 32, 32], 0, 1, most=2) == want
+        assert sparse._threads_for(fast._prepared[3, 32, 32], 4, 0, most=2) == 2
+
+
 def test_a_batch_of_several_blocks():
     check(pruned(build_model("resnet", 10, 8), 0.95), images(64, 3, 32, 32), images(50, 3, 32, 32))
 

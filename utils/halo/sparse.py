@@ -54,7 +54,7 @@ class SparseNetwork:
 
     BatchNorm is folded into the weights. Images go through the whole network in blocks of as many as a register has
     floats (16 with AVX-512), one block a thread, so that one weight is one multiply-add of a register; fewer images go
-    through one by one, with neighbouring pixels in a register.
+    through one by one, with neighbouring pixels in a register; threads share an image whose operations are large.
 
     Args:
         model: in evaluation mode, made of Conv2d, BatchNorm, ReLU, max, average and adaptive average pooling,
@@ -153,9 +153,7 @@ class SparseNetwork:
         rest = count % lanes
         turns = rest if count > lanes else -(-rest // threads)  # of single images that the rest would take
         singles = rest if turns <= prepared.alone else 0
-        blocks = -(-(count - singles) // lanes)
-        work = blocks * prepared.block.cost + singles * prepared.image.cost
-        threads = max(min(threads, blocks + singles, int(work) // THREAD), 1)
+        threads = _threads_for(prepared, -(-(count - singles) // lanes), singles, most=threads)
         try:
             workspace = prepared.workspaces.pop()
         except IndexError:
@@ -166,3 +164,13 @@ class SparseNetwork:
         data = images.data_ptr(), out.data_ptr(), count, singles, threads, workspace.data_ptr(), prepared.size
         self._kernel.halo_sparse_run(*plans, *data)
         prepared.workspaces.append(workspace)
+
+
+def _threads_for(prepared: _Prepared, blocks: int, singles: int, *, most: int) -> int:
+    """Return how many threads are worth waking; where two or more come on an image, they share each operation."""
+    operation = prepared.image.cost / max(prepared.image.c.count, 1)
+    sharing = min(most, int(operation) // THREAD)
+    if blocks == 0 and sharing >= 2 * singles:
+        return sharing
+    work = blocks * prepared.block.cost + singles * prepared.image.cost
+    return max(min(most, blocks + singles, int(work) // THREAD), 1)

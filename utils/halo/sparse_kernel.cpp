@@ -4,9 +4,11 @@
 // Block: the unit of every map is a vector of one pixel of LANES images, so that a weight is one broadcast multiply-add.
 // Image: the unit is one float, and a vector is LANES pixels of one map, row after row with the border between them.
 // All offsets and pitches count units, those of terms bytes.
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#include <thread>
 
 #ifndef LANES  // floats in a register
 #if defined(__AVX512F__)
@@ -265,17 +267,64 @@ void split(const Op& op, float* maps) {
         }
 }
 
+template <class V> void run(const Op& op, V* maps) {
+    if (op.kind == DOTS) dots(op, maps);
+    if (op.kind == MAX) pool<V, true>(op, maps);
+    if (op.kind == SUM) pool<V, false>(op, maps);
+    if constexpr (sizeof(V) == sizeof(vec)) {
+        if (op.kind == TILES) tiles(op, maps);
+    } else {
+        if (op.kind == STRIPS) strips(op, maps);
+        if (op.kind == SPLIT) split(op, maps);
+    }
+}
+
 template <class V> void run(const Plan& plan, V* maps) {
+    for (const Op* op = plan.ops; op < plan.ops + plan.count; ++op) run(*op, maps);
+}
+
+// The first output channel of one of several threads, so that each has about as many terms as the others.
+int64_t first_of(const Op& op, int64_t thread, int64_t threads) {
+    if (!op.starts) return op.count * thread / threads;
+    const int64_t before = (op.starts[op.count] + op.count) * thread / threads;
+    int64_t i = 0;
+    while (i < op.count && op.starts[i] + i < before) ++i;
+    return i;
+}
+
+Op share_of(const Op& op, int64_t thread, int64_t threads) {
+    Op share = op;
+    const int64_t first = first_of(op, thread, threads);
+    share.count = first_of(op, thread + 1, threads) - first;
+    share.channels += first;
+    if (op.starts) share.starts += first, share.bias += first;
+    if (op.kind == SPLIT) share.output += first * op.step_y * op.step_x * op.output_pitch;
+    return share;
+}
+
+// Where threads wait for each other; OpenMP's barrier puts them to sleep, which takes longer than most operations.
+class Meeting {
+    std::atomic<int64_t> arrived{0}, met{0};
+
+  public:
+    void wait(int64_t threads) {
+        const int64_t before = met.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived.store(0, std::memory_order_relaxed);
+            met.store(before + 1, std::memory_order_release);
+        } else
+            for (int64_t spins = 0; met.load(std::memory_order_acquire) == before; ++spins)
+                if (spins > 10000) std::this_thread::yield();  // another process has the core of one of them
+    }
+};
+
+// One image by several threads, each with some output channels of every operation.
+void run_together(const Plan& plan, float* maps, int64_t threads) {
+    Meeting meeting;
+#pragma omp parallel num_threads(threads)
     for (const Op* op = plan.ops; op < plan.ops + plan.count; ++op) {
-        if (op->kind == DOTS) dots(*op, maps);
-        if (op->kind == MAX) pool<V, true>(*op, maps);
-        if (op->kind == SUM) pool<V, false>(*op, maps);
-        if constexpr (sizeof(V) == sizeof(vec)) {
-            if (op->kind == TILES) tiles(*op, maps);
-        } else {
-            if (op->kind == STRIPS) strips(*op, maps);
-            if (op->kind == SPLIT) split(*op, maps);
-        }
+        run(share_of(*op, omp_get_thread_num(), omp_get_num_threads()), maps);
+        meeting.wait(omp_get_num_threads());
     }
 }
 
@@ -346,7 +395,8 @@ extern "C" void halo_sparse_run(const Plan* block, const Plan* image, const floa
     const int64_t together = images - singles, blocks = (together + LANES - 1) / LANES;
     const int64_t in_size = block->input.channels * block->input.height * block->input.width;
     const int64_t out_size = block->output.channels * block->output.height * block->output.width;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    const bool together_each = !blocks && 2 * singles <= threads;  // enough threads for several an image
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && !together_each)
     for (int64_t job = 0; job < blocks + singles; ++job) {
         float* own = workspace + omp_get_thread_num() * size;
         if (job < blocks) {
@@ -359,7 +409,10 @@ extern "C" void halo_sparse_run(const Plan* block, const Plan* image, const floa
             const int64_t first = together + job - blocks;
             float* maps = own + image->base;
             copy_image<true>(image->input, maps, const_cast<float*>(in) + first * in_size);
-            run(*image, maps);
+            if (together_each)
+                run_together(*image, maps, threads);
+            else
+                run(*image, maps);
             copy_image<false>(image->output, maps, out + first * out_size);
         }
     }
