@@ -90,20 +90,21 @@ def test_networks_at_any_batch_size_and_number_of_threads(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_threads_share_the_operations_of_one_image(name, monkeypatch):
+def test_threads_share_the_operations_of_few_images(name, monkeypatch):
     """Each computes some channels of every operation, in the same order: equal bit for bit."""
     monkeypatch.setattr(sparse, "THREAD", 1)
     torch.manual_seed(0)
     model, shape = NETWORKS[name]()
-    fast, x = SparseNetwork(pruned(model, 0.5)), images(2, *shape)
+    fast, x = SparseNetwork(pruned(model, 0.5)), images(17, *shape)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = torch.cat([fast(x[:1]), fast(x[1:])])
+        alone = {count: fast(x[:count]) for count in (1, 2, 16, 17)}
         for n in (2, 3, 8):
             torch.set_num_threads(n)
-            assert torch.equal(fast(x[:1]), alone[:1]) and torch.equal(fast(x), alone)
-            assert sparse._threads_for(fast._prepared[shape], 0, 1, most=n) == n
+            for count, want in alone.items():
+                assert torch.equal(fast(x[:count]), want)
+            assert all(sparse._threads_for(fast._prepared[shape], *jobs, most=n) == n for jobs in ((0, 1), (1, 0)))
     finally:
         torch.set_num_threads(threads)
 
@@ -112,8 +113,9 @@ def test_threads_share_only_large_operations():
     for arch, sparsity, want in (("vgg16_bn", 0.5, 2), ("resnet", 0.8, 1)):
         fast = SparseNetwork(pruned(build_model(arch, 10, 20 if arch == "resnet" else None), sparsity))
         fast(images(1, 3, 32, 32))
-        assert sparse._threads_for(fast._prepared[3, 32, 32], 0, 1, most=2) == want
-        assert sparse._threads_for(fast._prepared[3, 32, 32], 4, 0, most=2) == 2
+        prepared = fast._prepared[3, 32, 32]
+        assert all(sparse._threads_for(prepared, *jobs, most=2) == want for jobs in ((0, 1), (1, 0)))
+        assert all(sparse._threads_for(prepared, *jobs, most=2) == 2 for jobs in ((0, 3), (4, 0)))
 
 
 def test_a_batch_of_several_blocks():

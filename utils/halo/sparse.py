@@ -54,7 +54,7 @@ class SparseNetwork:
 
     BatchNorm is folded into the weights. Images go through the whole network in blocks of as many as a register has
     floats (16 with AVX-512), one block a thread, so that one weight is one multiply-add of a register; fewer images go
-    through one by one, with neighbouring pixels in a register; threads share an image whose operations are large.
+    through one by one, with neighbouring pixels in a register. Threads that are left over share large operations.
 
     Args:
         model: in evaluation mode, made of Conv2d, BatchNorm, ReLU, max, average and adaptive average pooling,
@@ -167,10 +167,11 @@ class SparseNetwork:
 
 
 def _threads_for(prepared: _Prepared, blocks: int, singles: int, *, most: int) -> int:
-    """Return how many threads are worth waking; where two or more come on an image, they share each operation."""
-    operation = prepared.image.cost / max(prepared.image.c.count, 1)
+    """Return how many threads are worth waking; where two or more come on a job, they share each operation."""
+    used = [plan for plan, jobs in ((prepared.block, blocks), (prepared.image, singles)) if jobs]
+    operation = min(plan.cost / max(plan.c.count, 1) for plan in used)
     sharing = min(most, int(operation) // THREAD)
-    if blocks == 0 and sharing >= 2 * singles:
+    if sharing >= 2 * (blocks + singles):
         return sharing
     work = blocks * prepared.block.cost + singles * prepared.image.cost
     return max(min(most, blocks + singles, int(work) // THREAD), 1)

@@ -279,10 +279,6 @@ template <class V> void run(const Op& op, V* maps) {
     }
 }
 
-template <class V> void run(const Plan& plan, V* maps) {
-    for (const Op* op = plan.ops; op < plan.ops + plan.count; ++op) run(*op, maps);
-}
-
 // The first output channel of one of several threads, so that each has about as many terms as the others.
 int64_t first_of(const Op& op, int64_t thread, int64_t threads) {
     if (!op.starts) return op.count * thread / threads;
@@ -318,11 +314,15 @@ class Meeting {
     }
 };
 
-// One image by several threads, each with some output channels of every operation.
-void run_together(const Plan& plan, float* maps, int64_t threads) {
+// By one thread, or by several, each with some output channels of every operation.
+template <class V> void run(const Plan& plan, V* maps, int64_t threads) {
+    const Op* end = plan.ops + plan.count;
+    if (threads == 1)
+        for (const Op* op = plan.ops; op < end; ++op) run(*op, maps);
+    if (threads == 1) return;
     Meeting meeting;
 #pragma omp parallel num_threads(threads)
-    for (const Op* op = plan.ops; op < plan.ops + plan.count; ++op) {
+    for (const Op* op = plan.ops; op < end; ++op) {
         run(share_of(*op, omp_get_thread_num(), omp_get_num_threads()), maps);
         meeting.wait(omp_get_num_threads());
     }
@@ -395,24 +395,21 @@ extern "C" void halo_sparse_run(const Plan* block, const Plan* image, const floa
     const int64_t together = images - singles, blocks = (together + LANES - 1) / LANES;
     const int64_t in_size = block->input.channels * block->input.height * block->input.width;
     const int64_t out_size = block->output.channels * block->output.height * block->output.width;
-    const bool together_each = !blocks && 2 * singles <= threads;  // enough threads for several an image
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && !together_each)
+    const int64_t each = 2 * (blocks + singles) <= threads ? threads : 1;  // threads that share a block or an image
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > each)
     for (int64_t job = 0; job < blocks + singles; ++job) {
         float* own = workspace + omp_get_thread_num() * size;
         if (job < blocks) {
             const int64_t first = job * LANES, count = together - first < LANES ? together - first : LANES;
             vec* maps = (vec*)(own + block->base);
             pack_block(*block, in + first * in_size, count, maps);
-            run(*block, maps);
+            run(*block, maps, each);
             unpack_block(*block, maps, count, out + first * out_size);
         } else {
             const int64_t first = together + job - blocks;
             float* maps = own + image->base;
             copy_image<true>(image->input, maps, const_cast<float*>(in) + first * in_size);
-            if (together_each)
-                run_together(*image, maps, threads);
-            else
-                run(*image, maps);
+            run(*image, maps, each);
             copy_image<false>(image->output, maps, out + first * out_size);
         }
     }
