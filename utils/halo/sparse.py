@@ -21,6 +21,7 @@ from .sparse_workspace import zeros
 
 KERNEL = Path(__file__).with_name("sparse_kernel.cpp")
 THREAD = 25_000  # vector operations, some 10 microseconds: less is not worth waking a thread for
+SHARE = 15_000  # of an operation: less is not worth that threads wait for each other after it
 PLANS_KEPT = 8  # shapes of images for which a network keeps what it worked out
 
 
@@ -170,7 +171,7 @@ def _threads_for(prepared: _Prepared, blocks: int, singles: int, *, most: int) -
     """Return how many threads are worth waking; where two or more come on a job, they share each operation."""
     used = [plan for plan, jobs in ((prepared.block, blocks), (prepared.image, singles)) if jobs]
     operation = min(plan.cost / max(plan.c.count, 1) for plan in used)
-    sharing = min(most, int(operation) // THREAD)
+    sharing = min(most, int(operation) // SHARE)
     if sharing >= 2 * (blocks + singles):
         return sharing
     work = blocks * prepared.block.cost + singles * prepared.image.cost

@@ -4,11 +4,9 @@
 // Block: the unit of every map is a vector of one pixel of LANES images, so that a weight is one broadcast multiply-add.
 // Image: the unit is one float, and a vector is LANES pixels of one map, row after row with the border between them.
 // All offsets and pitches count units, those of terms bytes.
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
-#include <thread>
 
 #ifndef LANES  // floats in a register
 #if defined(__AVX512F__)
@@ -298,33 +296,16 @@ Op share_of(const Op& op, int64_t thread, int64_t threads) {
     return share;
 }
 
-// Where threads wait for each other; OpenMP's barrier puts them to sleep, which takes longer than most operations.
-class Meeting {
-    std::atomic<int64_t> arrived{0}, met{0};
-
-  public:
-    void wait(int64_t threads) {
-        const int64_t before = met.load(std::memory_order_acquire);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-            arrived.store(0, std::memory_order_relaxed);
-            met.store(before + 1, std::memory_order_release);
-        } else
-            for (int64_t spins = 0; met.load(std::memory_order_acquire) == before; ++spins)
-                if (spins > 10000) std::this_thread::yield();  // another process has the core of one of them
-    }
-};
-
 // By one thread, or by several, each with some output channels of every operation.
 template <class V> void run(const Plan& plan, V* maps, int64_t threads) {
     const Op* end = plan.ops + plan.count;
     if (threads == 1)
         for (const Op* op = plan.ops; op < end; ++op) run(*op, maps);
     if (threads == 1) return;
-    Meeting meeting;
 #pragma omp parallel num_threads(threads)
     for (const Op* op = plan.ops; op < end; ++op) {
         run(share_of(*op, omp_get_thread_num(), omp_get_num_threads()), maps);
-        meeting.wait(omp_get_num_threads());
+#pragma omp barrier
     }
 }
 
@@ -396,9 +377,7 @@ extern "C" void halo_sparse_run(const Plan* block, const Plan* image, const floa
     const int64_t in_size = block->input.channels * block->input.height * block->input.width;
     const int64_t out_size = block->output.channels * block->output.height * block->output.width;
     const int64_t each = 2 * (blocks + singles) <= threads ? threads : 1;  // threads that share a block or an image
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > each)
-    for (int64_t job = 0; job < blocks + singles; ++job) {
-        float* own = workspace + omp_get_thread_num() * size;
+    auto work = [&](int64_t job, float* own) {
         if (job < blocks) {
             const int64_t first = job * LANES, count = together - first < LANES ? together - first : LANES;
             vec* maps = (vec*)(own + block->base);
@@ -412,5 +391,11 @@ extern "C" void halo_sparse_run(const Plan* block, const Plan* image, const floa
             run(*image, maps, each);
             copy_image<false>(image->output, maps, out + first * out_size);
         }
+    };
+    if (each > 1) {  // not within the loop below: OpenMP starts new threads for a team within a team
+        for (int64_t job = 0; job < blocks + singles; ++job) work(job, workspace);
+        return;
     }
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t job = 0; job < blocks + singles; ++job) work(job, workspace + omp_get_thread_num() * size);
 }
