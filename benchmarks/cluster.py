@@ -9,9 +9,11 @@ each job and for each epoch. docs/many_machines.md works out from both what many
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from utils import options  # noqa: E402
 from utils.files.lock import folder_lock  # noqa: E402
 from utils.run import run_script, write_json  # noqa: E402
-from utils.studies.cluster import cluster_workers  # noqa: E402
+from utils.studies.cluster import MISSING, cluster_workers, connect  # noqa: E402
 from utils.studies.executors import run_jobs  # noqa: E402
 from utils.studies.jobs import Job, tuning_jobs  # noqa: E402
 from utils.studies.study import load_study  # noqa: E402
@@ -49,8 +51,6 @@ def write_study(folder: Path, *, runs: int, epochs: int = 2) -> Path:
 @contextmanager
 def cluster(folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
     """Run a scheduler and two workers; give its address and the process numbers by what they are."""
-    from distributed import Client
-
     file = folder / "scheduler.json"
     commands = {"scheduler": ["scheduler", "--port", "0"]}
     commands |= {f"worker {n}": ["worker", "--nthreads", "1", "--no-nanny"] for n in (1, 2)}
@@ -63,7 +63,7 @@ def cluster(folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
             while not file.exists():
                 time.sleep(0.1)
         address = json.loads(file.read_text())["address"]
-        with Client(address) as client:
+        with connect(address) as client:
             client.wait_for_workers(2)
         yield address, {name: process.pid for name, process in started.items()}
     finally:
@@ -130,7 +130,15 @@ def measure_files(folder: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure both."""
+    """Measure both.
+
+    Raises:
+        OptionError: a package or program is missing.
+    """
+    if not importlib.util.find_spec("distributed"):
+        raise options.OptionError(MISSING)
+    if not shutil.which("strace"):
+        raise options.OptionError("strace is not on the PATH: install it, it counts the calls to the file system")
     with tempfile.TemporaryDirectory() as folder:
         measure_scheduler(Path(folder).resolve(), count=args.count)
         measure_files(Path(folder).resolve())

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 ANSWER = 8  # seconds in which a scheduler must answer
-MISSING = "--scheduler needs the package distributed: pip install -r requirements-cluster.txt"
+MISSING = "a Dask cluster needs the package distributed: pip install -r requirements-cluster.txt"
 
 
 @dataclass(frozen=True)
