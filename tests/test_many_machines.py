@@ -368,6 +368,7 @@ def test_a_job_that_another_process_does_is_waited_for_and_not_done_again(tmp_pa
     study = load_study(write_study(tmp_path, methods={"none": {"penalty": "none"}}, controls=[]))
     (job,) = tuning_jobs(study, tmp_path / "out", "data")
     job.folder.mkdir(parents=True)
+    (job.folder / "log.txt").touch()  # the thread may not have come so far
     seconds = []
     with folder_lock(job.folder):
         second = threading.Thread(target=lambda: seconds.append(run_job(job)))
