@@ -61,6 +61,8 @@ def cluster(folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
             with open(folder / "dask.log", "a") as log:
                 started[name] = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
             while not file.exists():
+                if started[name].poll() is not None:
+                    raise OSError(f"the {name} ended: {(folder / 'dask.log').read_text().strip().splitlines()[-1:]}")
                 time.sleep(0.1)
         address = json.loads(file.read_text())["address"]
         with connect(address) as client:

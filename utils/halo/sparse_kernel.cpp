@@ -299,9 +299,10 @@ Op share_of(const Op& op, int64_t thread, int64_t threads) {
 // By one thread, or by several, each with some output channels of every operation.
 template <class V> void run(const Plan& plan, V* maps, int64_t threads) {
     const Op* end = plan.ops + plan.count;
-    if (threads == 1)
+    if (threads == 1) {
         for (const Op* op = plan.ops; op < end; ++op) run(*op, maps);
-    if (threads == 1) return;
+        return;
+    }
 #pragma omp parallel num_threads(threads)
     for (const Op* op = plan.ops; op < end; ++op) {
         run(share_of(*op, omp_get_thread_num(), omp_get_num_threads()), maps);
