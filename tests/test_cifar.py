@@ -306,7 +306,7 @@ def test_a_terminal_sees_a_bar_and_a_pipe_does_not(tiny, tmp_path):
 
 def test_kill_nine_at_ten_random_moments_loses_nothing(tiny, tmp_path):
     """The last resume runs to the end and must equal a run that nobody disturbed."""
-    options = [*tiny, *HALO, "--epochs", 42]
+    options = [*tiny, *HALO, "--epochs", 60]
     checkpoint, log = tmp_path / "run" / "checkpoint.pth.tar", tmp_path / "run" / "log.csv"
     moments = random.Random(0)
     # Processes of their own, forked from one that has imported torch but not used it: that saves the import.
@@ -321,7 +321,7 @@ def test_kill_nine_at_ten_random_moments_loses_nothing(tiny, tmp_path):
     process, seen = begin(), [0]
     for _ in range(10):
         # However fast the machine is: epochs later, and then anywhere between two ends of epochs.
-        goal = seen[-1] + moments.randint(1, 2)
+        goal = seen[-1] + moments.randint(1, 3)
         wait_for(lambda goal=goal: log.exists() and len(rows(log.parent)) >= goal, process)
         time.sleep(moments.random() * load_checkpoint(checkpoint)["history"][-1]["seconds"])
         process.kill()

@@ -43,8 +43,9 @@ def network(images, tmp_path_factory):
     return [*options, "-a", "resnet", "--depth", "8"], folder / "final.pth.tar"
 
 
-def test_the_pipeline_from_the_command_line(tmp_path):
-    where = ["-d", "digits"]
+@pytest.mark.parametrize("dataset", ["digits", "folder"])
+def test_the_pipeline_from_the_command_line(images, tmp_path, dataset):
+    where = ["-d", dataset, "--data", images]
     net = ["-a", "resnet", "--depth", "8"]
     run = ["--epochs", "1", "--halo", "--xi", "1e-3", "--psi", "1e-3"]
     command_line("cifar.py", *where, *net, *run, "--save_dir", tmp_path / "run")

@@ -104,18 +104,19 @@ def test_threads_share_the_operations_of_few_images(name, monkeypatch):
             torch.set_num_threads(n)
             for count, want in alone.items():
                 assert torch.equal(fast(x[:count]), want)
-            assert all(sparse._threads_for(fast._prepared[shape], *jobs, most=n) == n for jobs in ((0, 1), (1, 0)))
+            for jobs in ((0, 1), (1, 0)):
+                assert sparse._threads_for(fast._prepared[shape], *jobs, most=n) == (n, True)
     finally:
         torch.set_num_threads(threads)
 
 
 def test_threads_share_only_large_operations():
-    for arch, sparsity, want in (("vgg16_bn", 0.5, 2), ("resnet", 0.9, 1)):
+    for arch, sparsity, want in (("vgg16_bn", 0.5, (2, True)), ("resnet", 0.9, (1, False))):
         fast = SparseNetwork(pruned(build_model(arch, 10, 20 if arch == "resnet" else None), sparsity))
         fast(images(1, 3, 32, 32))
         prepared = fast._prepared[3, 32, 32]
         assert all(sparse._threads_for(prepared, *jobs, most=2) == want for jobs in ((0, 1), (1, 0)))
-        assert all(sparse._threads_for(prepared, *jobs, most=2) == 2 for jobs in ((0, 3), (4, 0)))
+        assert all(sparse._threads_for(prepared, *jobs, most=2) == (2, False) for jobs in ((0, 3), (4, 0)))
 
 
 def test_a_batch_of_several_blocks():
@@ -278,8 +279,10 @@ def test_a_copy_keeps_its_weights():
     assert torch.equal(pickle.loads(pickle.dumps(copied))(x), before)
 
 
-def test_several_threads_at_once():
-    """Each call has maps of its own, and more shapes than are kept work."""
+@pytest.mark.parametrize("share", [sparse.SHARE, 1])
+def test_several_threads_at_once(share, monkeypatch):
+    """Each call has maps of its own, and more shapes than are kept work; also where each call's threads share."""
+    monkeypatch.setattr(sparse, "SHARE", share)
     model = pruned(build_model("resnet", 10, 8), 0.8)
     fast = SparseNetwork(model)
     inputs = [
@@ -290,15 +293,17 @@ def test_several_threads_at_once():
     worst = []
 
     def work():
+        torch.set_num_threads(2)
         for _ in range(5):
             for x, want in zip(inputs, wanted, strict=True):
                 worst.append(float((fast(x) - want).abs().max() / want.abs().max()))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads, before = [threading.Thread(target=work) for _ in range(4)], torch.get_num_threads()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    torch.set_num_threads(before)
     assert len(worst) == 4 * 5 * len(inputs) and max(worst) <= BOUND
 
 

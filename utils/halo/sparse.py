@@ -34,7 +34,7 @@ def load_kernel() -> ctypes.CDLL:
     """
     library = load_native(KERNEL, fuse=True)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.halo_sparse_run.argtypes = [pointer, pointer, pointer, pointer, number, number, number, pointer, number]
+    library.halo_sparse_run.argtypes = [*[pointer] * 4, *[number] * 4, pointer, number]
     library.halo_sparse_run.restype = None
     return library
 
@@ -154,25 +154,29 @@ class SparseNetwork:
         rest = count % lanes
         turns = rest if count > lanes else -(-rest // threads)  # of single images that the rest would take
         singles = rest if turns <= prepared.alone else 0
-        threads = _threads_for(prepared, -(-(count - singles) // lanes), singles, most=threads)
+        threads, shared = _threads_for(prepared, -(-(count - singles) // lanes), singles, most=threads)
+        size = prepared.size if shared else threads * prepared.size
         try:
             workspace = prepared.workspaces.pop()
         except IndexError:
             workspace = None
-        if workspace is None or len(workspace) < threads * prepared.size:
-            workspace = zeros(threads * prepared.size)
+        if workspace is None or len(workspace) < size:
+            workspace = zeros(size)
         plans = ctypes.byref(prepared.block.c), ctypes.byref(prepared.image.c)
-        data = images.data_ptr(), out.data_ptr(), count, singles, threads, workspace.data_ptr(), prepared.size
-        self._kernel.halo_sparse_run(*plans, *data)
+        data = images.data_ptr(), out.data_ptr(), count, singles, threads, shared
+        self._kernel.halo_sparse_run(*plans, *data, workspace.data_ptr(), prepared.size)
         prepared.workspaces.append(workspace)
 
 
-def _threads_for(prepared: _Prepared, blocks: int, singles: int, *, most: int) -> int:
-    """Return how many threads are worth waking; where two or more come on a job, they share each operation."""
+def _threads_for(prepared: _Prepared, blocks: int, singles: int, *, most: int) -> tuple[int, bool]:
+    """Return how many threads are worth waking, and whether they take blocks and images together, one after the other.
+
+    They do where there are at least two threads for each, and the operations are large.
+    """
     used = [plan for plan, jobs in ((prepared.block, blocks), (prepared.image, singles)) if jobs]
     operation = min(plan.cost / max(plan.c.count, 1) for plan in used)
     sharing = min(most, int(operation) // SHARE)
     if sharing >= 2 * (blocks + singles):
-        return sharing
+        return sharing, True
     work = blocks * prepared.block.cost + singles * prepared.image.cost
-    return max(min(most, blocks + singles, int(work) // THREAD), 1)
+    return max(min(most, blocks + singles, int(work) // THREAD), 1), False

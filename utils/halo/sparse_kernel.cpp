@@ -371,13 +371,14 @@ template <bool PACK> void copy_image(const Map& m, float* maps, float* tensor) {
 extern "C" int halo_sparse_lanes() { return LANES; }
 
 // The first `images - singles` images in blocks, the last `singles` one by one; each thread owns `size` floats of
-// `workspace`, whose maps have borders of zeros that nothing overwrites.
+// `workspace`, whose maps have borders of zeros that nothing overwrites. If `shared`, threads take them together, one
+// after the other, in the first `size` floats.
 extern "C" void halo_sparse_run(const Plan* block, const Plan* image, const float* in, float* out, int64_t images,
-                                int64_t singles, int64_t threads, float* workspace, int64_t size) {
+                                int64_t singles, int64_t threads, int64_t shared, float* workspace, int64_t size) {
     const int64_t together = images - singles, blocks = (together + LANES - 1) / LANES;
     const int64_t in_size = block->input.channels * block->input.height * block->input.width;
     const int64_t out_size = block->output.channels * block->output.height * block->output.width;
-    const int64_t each = 2 * (blocks + singles) <= threads ? threads : 1;  // threads that share a block or an image
+    const int64_t each = shared ? threads : 1;  // threads for a block or an image
     auto work = [&](int64_t job, float* own) {
         if (job < blocks) {
             const int64_t first = job * LANES, count = together - first < LANES ? together - first : LANES;
@@ -393,7 +394,7 @@ extern "C" void halo_sparse_run(const Plan* block, const Plan* image, const floa
             copy_image<false>(image->output, maps, out + first * out_size);
         }
     };
-    if (each > 1) {  // not within the loop below: OpenMP starts new threads for a team within a team
+    if (shared) {  // not within the loop below: OpenMP starts new threads for a team within a team
         for (int64_t job = 0; job < blocks + singles; ++job) work(job, workspace);
         return;
     }

@@ -76,13 +76,7 @@ def train_one_epoch(
             if on_batch:
                 on_batch(index, metrics)
         precision.backward(loss if weight == 1 else loss * weight, optimizer)
-        if zeros:
-            zeros.clear_grad_()
-        step_penalty()
-        precision.step(optimizer)
-        optimizer.zero_grad()
-        if zeros:
-            zeros.advance_()
+        update_(optimizer, step_penalty, precision, zeros)
         if weight:
             metrics.add(loss, logits, labels)
     if losses:
@@ -90,6 +84,19 @@ def train_one_epoch(
     check_state(model, index, penalty, before)
     metrics.reduce()
     return metrics.means()
+
+
+def update_(
+    optimizer: Optimizer, step_penalty: Callable[[], object], precision: Precision, zeros: FixedZeros | None
+) -> None:
+    """Add the penalty's gradient to that of the cross-entropy, and step lam and the weights; fixed zeros stay zero."""
+    if zeros:
+        zeros.clear_grad_()
+    step_penalty()
+    precision.step(optimizer)
+    optimizer.zero_grad()
+    if zeros:
+        zeros.advance_()
 
 
 def smallest_lambda(penalty: Penalty) -> float | None:
