@@ -35,7 +35,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser = options.Parser(__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of finished HALO runs, one a seed")
     text = "fractions of the weights to remove"
-    parser.add_argument("--percent", type=options.real(0, high=1), nargs="+", required=True, metavar="P", help=text)
+    parser.add_argument(
+        "--percent", type=options.real(0, high=1, nonzero=True), nargs="+", required=True, metavar="P", help=text
+    )
     text = "epochs of the controls that go on from the end of a run"
     parser.add_argument("--epochs", type=options.whole(1), default=5, metavar="N", help=text)
     text = "controls to train beside the runs"
@@ -115,7 +117,7 @@ def main(args: argparse.Namespace) -> dict:
     Returns:
         `rows` of the table, and `lambdas`, what lam looks like at the end of each run.
     """
-    runs, out, percent = load_runs(args.runs), Path(args.save_dir), tuple(sorted(set(args.percent) - {0.0}))
+    runs, out, percent = load_runs(args.runs), Path(args.save_dir), tuple(sorted(set(args.percent)))
     prepare(out, runs[0].setting | {"epochs after the end": args.epochs})
     found: dict[str, list[dict[float, float]]] = {name: [] for name in ("halo", *args.only)}
     for run in runs:

@@ -78,7 +78,7 @@ def _output_of(model: nn.Module, shape: tuple[int, int, int]) -> object:
     """Return what a network makes of two black images, or a text that says why it cannot."""
     training = model.training
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # inference_mode would make what the network keeps useless for training
             output = model.eval()(torch.zeros(2, *shape))
         return output if isinstance(output, Tensor) else type(output).__name__
     except Exception as error:  # whatever the user's network raises

@@ -8,7 +8,7 @@ import torch
 
 import adaptivity
 from mnist import mnist
-from utils.files.checkpoint import load_checkpoint
+from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.run import portable_path
 from utils.studies.adaptivity import (
     LABELS,
@@ -171,6 +171,20 @@ def test_a_run_that_cannot_be_a_start_is_one_line(tmp_path, fails_in, options, w
     folder = train(tmp_path / "run", *options, "--epochs", 1, "--schedule")
     status, line = fails_in(adaptivity, folder, "--percent", 0.5, "--save_dir", tmp_path / "out")
     assert status == 1 and words in line and not (tmp_path / "out").exists()
+
+
+def test_what_the_controls_cannot_repeat_is_refused(runs, tmp_path, fails_in):
+    folder = shutil.copytree(runs[0], tmp_path / "grown")
+    state = load_checkpoint(folder / "final.pth.tar")
+    state["config"]["grow"] = 2
+    save_checkpoint(folder / "final.pth.tar", state)
+    status, line = fails_in(adaptivity, folder, "--percent", 0.5, "--save_dir", tmp_path / "out")
+    assert status == 1 and "--grow, which its controls cannot repeat" in line
+
+
+def test_no_ratio_at_all_is_refused(runs, fails_in):
+    status, line = fails_in(adaptivity, runs[0], "--percent", 0)
+    assert status == 2 and "--percent" in line
 
 
 def test_runs_that_differ_in_more_than_seed_are_refused(runs, tmp_path, fails_in):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from utils.files.checkpoint import load_checkpoint
 from utils.options import OptionError
 from utils.training.augment import Loader
 from utils.training.dataset import Dataset, Split
+from utils.training.stops import way_to_go_on
 
 LENET = ["-d", "digits", "-a", "lenet_300_100", "--halo", "--xi", "1e-4", "--psi", "1e-4", "--lr", "0.05"]
 LENET += ["--schedule", "1", "--train_batch", "64"]  # 1437 images: the last batch has 29, which two cannot halve
@@ -38,11 +40,12 @@ def environment(rank, processes, port):
     return {name: str(value) for name, value in names.items()} | {"OMP_NUM_THREADS": "1"}
 
 
-def run_together(*options, script="mnist/mnist.py", processes=2):
+def run_together(*options, script="mnist/mnist.py", processes=2, cwd=None):
     """Run a script in several processes; return what each printed, after a good end."""
     port = free_port()
     jobs = [
-        start(*options, script=script, env=os.environ | environment(rank, processes, port)) for rank in range(processes)
+        start(*options, script=script, env=os.environ | environment(rank, processes, port), cwd=cwd)
+        for rank in range(processes)
     ]
     outputs = [job.communicate(timeout=120) for job in jobs]
     assert [job.returncode for job in jobs] == [0] * processes, outputs
@@ -76,6 +79,49 @@ def test_two_processes_equal_one_and_another_number_continues(tmp_path):
     run_together(*LENET, "--epochs", 1, "--save_dir", mixed, processes=3)
     run_alone(*LENET, "--epochs", 2, "--save_dir", mixed, "--resume", mixed / "checkpoint.pth.tar")
     assert_close(one, mixed)
+
+
+DROPOUT = """
+from torch import nn
+
+def net(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Dropout(), nn.Linear(4 * 32 * 32, num_classes))
+"""
+
+
+def test_dropout_in_several_processes_goes_on_bit_for_bit(images, tmp_path):
+    """Their shares of the last batch differ, so that each has drawn another number of masks."""
+    (tmp_path / "dropout.py").write_text(DROPOUT)
+    options = ["-d", "folder", "--data", images, "-a", "dropout:net", "--schedule", "--train_batch", 11, "--lr", 0.01]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    resume = ["--resume", stopped / "checkpoint.pth.tar"]
+    run_together(*options, "--epochs", 2, "--save_dir", straight, script="cifar.py", cwd=tmp_path)
+    run_together(*options, "--epochs", 1, "--save_dir", stopped, script="cifar.py", cwd=tmp_path)
+    states = load_checkpoint(stopped / "checkpoint.pth.tar")["rng"]["torch"]
+    assert len(states) == 2 and not torch.equal(*states)
+    run_together(*options, "--epochs", 2, "--save_dir", stopped, *resume, script="cifar.py", cwd=tmp_path)
+    one, other = (load_checkpoint(folder / "final.pth.tar")["state_dict"] for folder in (straight, stopped))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "text, gone",
+    [
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:9407", True),
+        ("NCCL communicator was aborted on rank 1", True),
+        ("Expected to have finished reduction in the prior iteration before starting a new one.", False),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("mat1 and mat2 shapes cannot be multiplied (64x10 and 12x10)", False),
+    ],
+)
+def test_only_a_broken_connection_is_called_one(text, gone, monkeypatch, tmp_path):
+    for name, value in environment(1, 2, "1").items():
+        monkeypatch.setenv(name, value)
+    run = SimpleNamespace(folder=tmp_path)
+    expected = (ConnectionError, "rank 1: another process") if gone else (RuntimeError, "^")
+    with pytest.raises(expected[0], match=expected[1]), way_to_go_on(run):
+        raise RuntimeError(text)
+    assert distributed.is_lost(distributed.dist.DistNetworkError("timed out"))
 
 
 def kill_one(job, victim):

@@ -133,6 +133,14 @@ def test_a_stopped_run_is_the_same_and_ends_with_the_exact_count(tmp_path, monke
     assert all(torch.equal(state["zeros"]["masks"][n], m) for n, m in masks.items()) and not state["zeros"]["aside"]
 
 
+@pytest.mark.parametrize("epochs", [(1.995, 2), (0.001, 0.002)])
+def test_a_schedule_within_one_step_prunes_too(tmp_path, epochs):
+    """At 60 steps an epoch A and B round to the same step, which is the last one or none at all."""
+    lenet("--gmp", 0.9, "--gmp_epochs", *epochs, "--epochs", 2, "--schedule", "--save_dir", tmp_path / "run")
+    masks = masks_of(tmp_path / "run" / "final.pth.tar")
+    assert sum(int(m.sum()) for m in masks.values()) == round(TOTAL * 0.9)
+
+
 def test_pruning_to_the_same_sparsity_removes_nothing_more(tmp_path):
     options = ["--gmp", 0.95, "--epochs", 6, "--schedule", 5, "--save_dir", tmp_path / "run"]
     top1 = lenet(*options)["final"]["test_top1"]

@@ -2,12 +2,13 @@
 
 import csv
 import runpy
+import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, train
 
-from utils.files.checkpoint import load_checkpoint
+from utils.files.checkpoint import CheckpointError, load_checkpoint
 from utils.options import OptionError
 
 HALO = ["--halo", "--xi", "1e-3", "--psi", "1e-3", "--schedule", "--grow", "2"]
@@ -44,3 +45,20 @@ def test_resumed_while_xi_grows_it_ends_the_same(script, tiny, tmp_path, no_figu
 def test_other_penalties_are_refused(script, tiny):
     with pytest.raises(OptionError, match="--grow is of HALO's xi: add --halo"):
         run(script, *tiny, "--l1", "--grow", "2")
+
+
+def test_a_stopped_run_names_the_command_that_continues_it(script, tiny, tmp_path, no_figures, monkeypatch):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["results/replication/short_runs/growing_xi.py", *tiny, *HALO, "--overwrite"])
+    monkeypatch.setattr(script["GrowingHALO"], "run_epoch", stop)
+    with pytest.raises(KeyboardInterrupt, match=r"continue with: python .*growing_xi.py .*--grow 2 --resume .*"):
+        run(script, *tiny, *HALO)
+
+
+def test_a_run_without_growth_is_not_continued_with_it(script, tiny, tmp_path, no_figures):
+    train(*tiny, *HALO[:-2], "--epochs", "1")
+    at = ["--resume", tmp_path / "run" / "checkpoint.pth.tar"]
+    with pytest.raises(CheckpointError, match=r"of another run: grow None \(now 2\)"):
+        run(script, *tiny, *HALO, "--epochs", "2", *at)

@@ -206,6 +206,8 @@ def test_a_run_that_goes_on_elsewhere_can_be_continued_there_at_once(finished, i
     save_checkpoint(tmp_path / "from" / "checkpoint.pth.tar", changed)
     status, line = fails(*tested, *more[:2], "--save_dir", tmp_path / "other")
     assert status == 1 and "best epoch so far (1)" in line and not (tmp_path / "other").exists()
+    assert line.endswith("or give --no_test")
+    train(*options, *more[:2], "--save_dir", tmp_path / "other")  # what the message says
 
 
 DAMAGED = {

@@ -88,6 +88,8 @@ PARTS = {
     "a short state of torch": (changed(torch.zeros(3, dtype=torch.uint8), "rng", "torch"), "'rng'"),
     "a wrong state of torch": (changed(torch.zeros(5056, dtype=torch.uint8), "rng", "torch"), "cannot be continued"),
     "generators as a list": (changed([1], "rng"), "'rng'"),
+    "the states of no process": (changed([], "rng", "torch"), "'rng'"),
+    "a short state of a process": (changed([torch.zeros(3, dtype=torch.uint8)], "rng", "torch"), "'rng'"),
     "a config in words": (changed("halo", "config"), "'config'"),
     "a config with a number as key": (changed(1, "config", 7), "'config'"),
     "a tensor as an option": (changed(torch.ones(2), "config", "lr"), "cannot be continued"),

@@ -54,6 +54,7 @@ def test_a_network_of_your_own_through_all_stages(images, tmp_path):
 
 
 NETWORKS = """
+import torch
 from torch import nn
 
 class Small(nn.Module):
@@ -63,6 +64,20 @@ class Small(nn.Module):
 
     def forward(self, x):
         return self.layers(x)
+
+class Keeps(Small):
+    # makes a tensor when it first runs, and keeps it; normalises vectors too
+    window = None
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.layers[2] = nn.LazyLinear(count)
+        self.norm = nn.BatchNorm1d(count)
+
+    def forward(self, x):
+        if self.window is None:
+            self.window = torch.ones(x.shape[-2:])
+        return self.norm(self.layers(x * self.window))
 
 def numbers(num_classes):
     return [num_classes]
@@ -101,6 +116,17 @@ def test_a_network_of_the_current_directory_runs_only_where_it_is_named(here, im
     status, output, _ = check("-a", "my_nets:Small")
     assert status == 0 and "layers.0.weight" in output
     assert load_model("run/final.pth.tar", arch="my_nets:Small").class_names == ("class0", "class1", "class2")
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_network_that_makes_tensors_when_it_first_runs(here, images):
+    options = ["-d", "folder", "--data", images, "--image_size", "16", "--epochs", "1", "--schedule"]
+    train(*options, "-a", "my_nets:Keeps", "--save_dir", "run")
+    prune = ["--data", images, "-a", "my_nets:Keeps", "--resume", "run/final.pth.tar", "--percent", "0.5"]
+    call(cifar_prune_iterative, *prune, "--recalibrate_bn", "36", "--test_batch", "36")
+    plain, fresh = (load_checkpoint(f"run/pruned/pruned_0.5{s}.pth.tar")["state_dict"] for s in ("", "_recalibrated"))
+    assert fresh["norm.num_batches_tracked"] == 1  # of one batch alone, not mixed with those of training
+    assert not torch.equal(plain["norm.running_mean"], fresh["norm.running_mean"])
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,10 @@ def test_pruning_on_held_out_images_reads_no_others(network, tmp_path, monkeypat
         return original(data, split, *args, **kwargs)
 
     monkeypatch.setattr(prune_run, "make_loader", watch)
-    options, model = network
+    options, trained = network
+    state, model = load_checkpoint(trained), tmp_path / "model.pth.tar"
+    state["config"]["val_split"] = 9  # as if it had been trained without them
+    save_checkpoint(model, state)
     pruning = ["--percent", "0.5", "--resume", model, "--save_dir", tmp_path, "--val_split", "9"]
     report = call(cifar_prune_iterative, *options, *pruning)
     assert seen == [("val", 9)] and report["images"] == "val"
@@ -187,6 +190,24 @@ def test_recalibrated_statistics_are_those_of_the_images(network, images, tmp_pa
     assert not torch.allclose(
         plain["state_dict"]["bn1.running_mean"], fresh["state_dict"]["bn1.running_mean"], atol=1e-3
     )
+
+
+def test_what_has_no_batch_norm_is_not_recalibrated(tmp_path, fails_in):
+    net = ["-d", "digits", "-a", "lenet_300_100"]
+    call(mnist.mnist, *net, "--epochs", 1, "--schedule", "--save_dir", tmp_path / "run")
+    prune = [*net, "--percent", 0.5, "--resume", tmp_path / "run" / "final.pth.tar"]
+    status, line = fails_in(mnist.mnist, *prune, "--recalibrate_bn", 36)
+    assert status == 2 and "lenet_300_100 has no BatchNorm: leave it out" in line
+
+
+def test_images_that_a_network_was_trained_on_are_not_held_out(tiny, tmp_path, fails_in, no_figures):
+    final, prune = tmp_path / "run" / "final.pth.tar", ["--data", tiny[3], "--percent", "0.5", "--overwrite"]
+    for held_out, words in ((9, "give at most --val_split 9"), (0, "leave it out")):
+        call(cifar, *tiny, "--val_split", held_out, "--overwrite")
+        status, line = fails_in(cifar_prune_iterative, *prune, "--resume", final, "--val_split", held_out + 1)
+        assert status == 2 and words in line
+    call(cifar, *tiny, "--val_split", 9, "--overwrite")
+    assert call(cifar_prune_iterative, *prune, "--resume", final, "--val_split", "6")["images"] == "val"
 
 
 def test_check_counts_what_is_there(network, tmp_path):

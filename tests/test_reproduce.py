@@ -254,6 +254,18 @@ def test_a_method_may_have_several_grids(tmp_path):
     assert [config.name for config in study.configs] == ["xi1e-05_psi0.001", "xi0.0001_psi0.001", "xi0.0001_psi0.01"]
 
 
+def test_grids_of_a_method_may_differ_in_their_coefficients(tmp_path):
+    grids = [{"xi": [1e-5, 1e-4], "psi": [1e-3]}, {"xi": [1e-4], "psi": [1e-3], "lambda_init": [0.1, 0.2, 0.3]}]
+    study = load_study(write_study(tmp_path, methods={"HALO": {"penalty": "halo", "grid": grids}}))
+    assert [on_edge(study, config) for config in study.configs] == [
+        ["xi"],
+        ["xi"],
+        ["xi", "lambda_init"],
+        ["xi"],
+        ["xi", "lambda_init"],
+    ]
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

@@ -47,11 +47,19 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         yield
         dist.barrier()  # nobody hangs up while another is still writing
-    except RuntimeError as error:  # what gloo and nccl raise when a connection breaks
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
         raise ConnectionError(f"rank {rank()}: {lost(error)}; start the job again") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Tell whether an error is what gloo, nccl or torch raise where a connection breaks, and not one of the network."""
+    words = ("gloo", "NCCL", "Connection", "connection")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def lost(error: RuntimeError) -> str:
@@ -100,6 +108,14 @@ def average_buffers_(model: nn.Module) -> None:
             sum_(buffer).div_(processes())
 
 
+def gathered(value: object) -> list:
+    """Return what each process gives for a value (plain types and tensors), by rank."""
+    values = [value] * processes()
+    if processes() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of names and values, bit by bit."""
     digest = hashlib.sha256()
@@ -121,10 +137,9 @@ def require_equal(tensors: Mapping[str, Tensor], what: str) -> None:
     """
     if processes() == 1:
         return
-    sums: list[str | None] = [None] * processes()
-    dist.all_gather_object(sums, checksum(tensors))
+    sums = gathered(checksum(tensors))
     if len(set(sums)) > 1:
         raise ReplicasDifferError(
-            f"{what} differs between the processes (checksums {', '.join(str(s)[:8] for s in sums)}): continue "
+            f"{what} differs between the processes (checksums {', '.join(s[:8] for s in sums)}): continue "
             "from the last checkpoint, on processes with the same hardware and torch"
         )

@@ -107,7 +107,7 @@ def build_recorded(arch: str, num_classes: int, depth: int | None, state: Mappin
     record = read_record(state, path)
     try:
         model = build_model(arch, num_classes, depth, widths=widths)
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = model.eval()(torch.zeros(1, *record.preprocessing.shape))
         if logits.shape[1:] != (num_classes,):
             raise ValueError(f"its outputs are not those of {num_classes} classes")

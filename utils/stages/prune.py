@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils import plots
 from utils.files.atomic import write_text
@@ -24,11 +25,17 @@ from utils.halo.pruning import (
     sparsity_per_layer,
 )
 from utils.logger import result_text, say, warn, write_csv
+from utils.options import OptionError
 from utils.run import all_or_none, made_folder, portable_path, refuse_existing, set_seed, write_json
 from utils.stages.subject import load_subject
 from utils.training.dataset import Dataset
 from utils.training.epoch import evaluate
 from utils.training.loading import make_loader
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Return every BatchNorm of a network, of one dimension or several."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 @torch.no_grad()
@@ -49,7 +56,7 @@ def recalibrate_batch_norm(
         batch: batch size.
         seed: of the choice and the augmentation.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = batch_norms(model)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -109,6 +116,8 @@ def _prune_each(args: argparse.Namespace, paths: dict[str, Path], dataset: str |
     images = "val" if args.val_split else "test"
     loader = make_loader(data, images, device, arch=args.arch, batch_size=args.test_batch)
     before, weights = evaluate(model, loader, device=device), prunable_weights(model, linear=linear)
+    if args.recalibrate_bn and not batch_norms(model):
+        raise OptionError(f"--recalibrate_bn {args.recalibrate_bn}: {args.arch} has no BatchNorm: leave it out")
     start = copy.deepcopy(model.state_dict())
     report = {
         "checkpoint": str(args.resume),

@@ -12,6 +12,7 @@ from models import find_arch, takes_linear
 from utils.files.checkpoint import load_checkpoint, load_weights
 from utils.files.preprocessing import Preprocessing, unrecorded
 from utils.files.record import Record, build_recorded, read_record, take_from_file
+from utils.options import OptionError
 from utils.run import choose_device
 from utils.training.data import load_dataset
 from utils.training.dataset import Dataset
@@ -66,6 +67,7 @@ def load_subject(
     device, state = choose_device(args.device), load_checkpoint(path)
     take_from_file(args, state, path, dataset=dataset)
     record = read_record(state, path)
+    check_held_out(state, path, val_split)
     if images and data is None:
         data = _images(args, record, val_split=val_split)
     classes = len(data.classes) if data else record.num_classes if record else _classes(args.dataset, state)
@@ -75,6 +77,20 @@ def load_subject(
     used = record.preprocessing if record else data.preprocessing if data else None
     used = used or unrecorded(args.dataset, find_arch(args.arch).shape[0])
     return Subject(state, model, data, device, takes_linear(args.arch, model), used)
+
+
+def check_held_out(state: dict, path: str, val_split: int) -> None:
+    """Raise unless a network was trained without the images that are to be held out; fewer of them will do.
+
+    Raises:
+        OptionError: it was trained on some of them. A file that does not say so is taken at the user's word.
+    """
+    config = state.get("config")
+    held_out = config.get("val_split") if isinstance(config, dict) else None
+    if not isinstance(held_out, int) or val_split <= held_out:
+        return
+    remedy = f"give at most --val_split {held_out}" if held_out else "leave it out"
+    raise OptionError(f"--val_split {val_split}: {path} was trained on all but {held_out} images: {remedy}")
 
 
 def _images(args: argparse.Namespace, record: Record | None, *, val_split: int) -> Dataset:

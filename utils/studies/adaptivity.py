@@ -73,9 +73,9 @@ def load_run(folder: str | Path) -> HaloRun:
     if not isinstance(config, Mapping) or config.get("penalty") != "halo" or not config.get("val_split"):
         raise ValueError(f"{folder} is no run with --halo and --val_split: give the folder of one")
     _check_lambdas(state, folder)
-    zeros = [f"--{name}" for name in NO_ZEROS if config.get(name)]
-    if zeros:
-        raise ValueError(f"{folder} was trained with {zeros[0]}, which its controls cannot repeat: give a plain run")
+    others = [f"--{name}" for name in (*NO_ZEROS, "grow") if config.get(name)]
+    if others:
+        raise ValueError(f"{folder} was trained with {others[0]}, which its controls cannot repeat: give a plain run")
     rows = read_log(folder, columns=("strength_q50", "lr"), epochs=state.get("epoch"))
     return HaloRun(folder, state, tuple(row["strength_q50"] for row in rows), rows[-1]["lr"])
 

@@ -229,7 +229,7 @@ def on_edge(study: Study, config: Config, out: Path | None = None) -> list[str]:
     grid = [dict(other.coefficients) for other in study.of_method(config.method) if out is None or was_run(other)]
     result = []
     for key, value in config.coefficients:
-        tried = {other[key] for other in grid}
+        tried = {other[key] for other in grid if key in other}  # its grids may differ in their coefficients
         if len(tried) > 1 and value in (min(tried), max(tried)):
             result.append(key)
     return result

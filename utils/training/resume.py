@@ -144,8 +144,9 @@ def _is_history(history: object, epoch: object, top1: str) -> bool:
 
 
 def _is_rng(rng: object, generator: torch.Generator) -> bool:
-    """Tell whether these are the states of the generators."""
+    """Tell whether these are the states of the generators: of torch's one a process, or one of an older version."""
     if not isinstance(rng, Mapping) or not isinstance(rng.get("cuda"), list):
         return False
-    pairs = ((rng.get("torch"), torch.get_rng_state()), (rng.get("data"), generator.get_state()))
-    return all(isinstance(value, Tensor) and _is_like(value, own) for value, own in pairs)
+    states = rng.get("torch") if isinstance(rng.get("torch"), list) else [rng.get("torch")]
+    pairs = [(rng.get("data"), generator.get_state()), *((state, torch.get_rng_state()) for state in states)]
+    return bool(states) and all(isinstance(value, Tensor) and _is_like(value, own) for value, own in pairs)

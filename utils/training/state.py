@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from utils.distributed import is_main, require_equal
+from utils.distributed import gathered, is_main, rank, require_equal
 from utils.files.checkpoint import CheckpointError, load_weights, save_checkpoint
 from utils.logger import write_csv
 from utils.options import check_gmp
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
 
 # Options that a resumed run may change: none of them alters what an epoch computes, beyond the order of sums.
 FREE_ON_RESUME = {"epochs", "data", "save_dir", "device", "test_batch", "overwrite", "resume", "evaluate", "compile"}
+FREE_ON_RESUME |= {"no_test"}
 # Options that a resumed run takes from its checkpoint where they are not given.
 KEPT_ON_RESUME = {"start": str, "mask": str, "gmp_epochs": list}
+# Options that shape training and that the checkpoints of older versions, or of other scripts, do not know.
+LATER = ("mask", "gmp", "grow")
 
 
 def network_state(run: Experiment) -> dict:
@@ -46,9 +50,21 @@ def describe_images(data: Dataset) -> dict:
     return known | {"images": fingerprint(data)}
 
 
-def run_state(run: Experiment) -> dict:
-    """Return all that a resumed run needs to go on as if it had never stopped."""
-    cuda = torch.cuda.get_rng_state_all() if run.device.type == "cuda" else []
+def generator_states(run: Experiment) -> dict[str, list[Tensor]]:
+    """Return the states of torch's generators, of every process: Dropout in a network of your own draws from them."""
+    on_cuda = run.device.type == "cuda"
+    states = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(run.device) if on_cuda else None}
+    everywhere = gathered(states)
+    return {key: [each[key] for each in everywhere if each[key] is not None] for key in states}
+
+
+def run_state(run: Experiment, generators: dict[str, list[Tensor]]) -> dict:
+    """Return all that a resumed run needs to go on as if it had never stopped.
+
+    Args:
+        run: the run.
+        generators: from `generator_states`.
+    """
     return network_state(run) | {
         "optimizer": run.optimizers[0].state_dict(),
         "reg_optimizer": run.optimizers[1].state_dict() if len(run.optimizers) > 1 else None,
@@ -57,7 +73,7 @@ def run_state(run: Experiment) -> dict:
         "scaler": run.precision.scaler.state_dict(),
         "history": run.history,
         "zeros": run.zeros.state_dict() if run.zeros else None,
-        "rng": {"torch": torch.get_rng_state(), "data": run.generator.get_state(), "cuda": cuda},
+        "rng": {**generators, "data": run.generator.get_state()},
     }
 
 
@@ -98,10 +114,16 @@ def _take_parts(run: Experiment, state: dict) -> None:
     run.precision.scaler.load_state_dict(state["scaler"])
     restore(run, state)
     run.history = state["history"]
-    torch.set_rng_state(state["rng"]["torch"])
-    run.generator.set_state(state["rng"]["data"])
-    if state["rng"]["cuda"] and run.device.type == "cuda":
-        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+    _set_generators(run, state["rng"])
+
+
+def _set_generators(run: Experiment, states: dict) -> None:
+    """Give the generators of this process its states; of more processes than the run had, some share theirs."""
+    run.generator.set_state(states["data"])
+    own = states["torch"] if isinstance(states["torch"], list) else [states["torch"]]  # an older version kept one
+    torch.set_rng_state(own[rank() % len(own)])
+    if states["cuda"] and run.device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"][rank() % len(states["cuda"])], run.device)
 
 
 def check_same_run(run: Experiment, state: dict, path: str | Path) -> None:
@@ -121,7 +143,7 @@ def check_same_run(run: Experiment, state: dict, path: str | Path) -> None:
         raise damaged(path, "no number under 'epoch'")
     mine = vars(run.args) | {"num_classes": len(run.data.classes)}
     kept = {key for key in KEPT_ON_RESUME if mine[key] is None}
-    keys = [key for key in {**config, "mask": None, "gmp": None} if key not in FREE_ON_RESUME | kept]
+    keys = [key for key in dict.fromkeys([*config, *LATER]) if key not in FREE_ON_RESUME | kept]
     changed = [key for key in keys if config.get(key) != mine.get(key)]
     if changed:
         was = ", ".join(f"{key} {config.get(key)} (now {mine.get(key)})" for key in changed[:3])
@@ -140,9 +162,10 @@ def save_state(run: Experiment) -> None:
     require_equal(run.penalty.lambdas, "lam")
     require_equal(run.model.state_dict(), "the network")
     require_equal(run.zeros.masks if run.zeros else {}, "the mask")
+    generators = generator_states(run)
     if not is_main():
         return
     if run.history and run.best is run.history[-1]:
         save_checkpoint(run.folder / "model_best.pth.tar", network_state(run))
-    save_checkpoint(run.folder / "checkpoint.pth.tar", run_state(run))
+    save_checkpoint(run.folder / "checkpoint.pth.tar", run_state(run, generators))
     write_csv(run.folder / "log.csv", run.history)

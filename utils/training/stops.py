@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.command_line import option
-from utils.distributed import is_main, lost, processes, rank
+from utils.distributed import is_lost, is_main, lost, processes, rank
 from utils.files.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.files.lock import LockedError
 from utils.logger import warn
@@ -23,7 +23,7 @@ from utils.training.zeros import describe_zeros
 if TYPE_CHECKING:
     from utils.training.experiment import Experiment
 
-CONTINUED = ("cifar.py", "mnist.py")  # scripts with --resume; the others go on by themselves
+CONTINUED = ("cifar.py", "mnist.py", "growing_xi.py")  # scripts with --resume; the others go on by themselves
 
 
 def begin_folder(run: Experiment) -> None:
@@ -88,7 +88,7 @@ def way_to_go_on(run: Experiment) -> Iterator[None]:
     except OSError as error:
         raise type(error)(f"{error}. {where_to_go_on(run)}") from error
     except RuntimeError as error:
-        if processes() == 1:
+        if processes() == 1 or not is_lost(error):
             raise
         raise ConnectionError(f"rank {rank()}: {lost(error)}. {where_to_go_on(run)}") from error
 

@@ -74,7 +74,8 @@ def make_zeros(run: Experiment, masks: dict[str, Tensor] | None) -> FixedZeros |
     if not args.gmp:
         return None
     first, last = (round(epoch * len(run.train_loader)) for epoch in args.gmp_epochs)
-    steps = {"begin": first, "end": max(last, first + 1)}
+    end = max(last, 1)  # never later than the epoch that was asked for: the run may end there
+    steps = {"begin": min(first, end - 1), "end": end}
     return GradualPruning(weights_of(run), optimizer=run.optimizers[0], sparsity=args.gmp, **steps)
 
 
