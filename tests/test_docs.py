@@ -61,6 +61,11 @@ def test_the_page_of_pages_names_them_all():
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= named
 
 
+def test_no_merge_was_left_half_done():
+    pages = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "results").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+    assert [page.name for page in pages if re.search(r"^(<<<<<<<|=======|>>>>>>>)", page.read_text(), re.M)] == []
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 12 * 1024
 

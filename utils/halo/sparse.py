@@ -90,7 +90,7 @@ class SparseNetwork:
             self._kernel = load_kernel()
         except OSError as error:
             self._kernel = None
-            warnings.warn(f"{error}: torch runs the dense network instead", stacklevel=3)
+            warnings.warn(f"{error}: torch runs the network instead, zeros and all", stacklevel=3)
 
     @property
     def compiled(self) -> bool:
