@@ -1,5 +1,7 @@
 """Ctrl-C and SIGTERM at any moment of a script: one line, the usual exit status, no traceback."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from utils.studies import executors
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "mnist/mnist.py", "results/redraw.py"]
+SCRIPTS += ["results/replication/short_runs/growing_xi.py"]
 SLOW = "import os, time\nos.write(1, b'loading')\ntime.sleep(100)\n"  # in the place of torch
 
 
@@ -96,3 +99,14 @@ def test_the_workers_of_a_study_are_started_deaf(monkeypatch):
     monkeypatch.setattr(executors, "ProcessPoolExecutor", Pool)
     with executors.local_workers(1) as workers:
         assert [was for _, was in executors.run_jobs(["a", "b"], workers)] == [True, True]
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_workers_leave_by_themselves_after_a_good_end(ends_well):
+    """One that is terminated leaves behind what --compile has started in it, and Python warns of that."""
+    with contextlib.suppress(KeyboardInterrupt), executors.local_workers(1) as workers:
+        workers.submit(None).exception()  # no job, but the worker is there now
+        (worker,) = multiprocessing.active_children()
+        if not ends_well:
+            raise KeyboardInterrupt
+    assert worker.exitcode == (0 if ends_well else -signal.SIGTERM)

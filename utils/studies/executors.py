@@ -76,9 +76,11 @@ def local_workers(processes: int) -> Iterator[Workers]:
     try:
         lost = "a worker process was lost (killed, or out of memory); the same command continues"
         yield Workers(partial(pool.submit, run_job), processes, lost)
-    finally:
+    except BaseException:
         for worker in multiprocessing.active_children():
             worker.terminate()
+        raise
+    finally:  # after a good end the workers leave by themselves, and take with them what --compile has started
         pool.shutdown(cancel_futures=True)
 
 
