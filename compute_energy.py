@@ -21,7 +21,7 @@ import torch
 from models import ARCHS
 from utils import options, plots
 from utils.files.atomic import atomic_write, printable
-from utils.logger import say
+from utils.logger import say, warn
 from utils.run import all_or_none, portable_path, refuse_existing, run_script, write_json
 from utils.stages.energy import POOLS, components, effective_rank, layer_energies, measured_layers
 from utils.stages.subject import Subject, load_subject
@@ -69,7 +69,14 @@ def measure(subject: Subject, args: argparse.Namespace) -> dict[str, torch.Tenso
         raise options.OptionError(f"--layers {unknown[0]}: no such layer; choose from {', '.join(layers)}")
     chosen = {name: layers[name] for name in args.layers or layers}
     loader = make_loader(subject.data, args.split, subject.device, arch=args.arch, batch_size=args.test_batch)
-    return layer_energies(subject.model, chosen, loader, pool=args.pool)
+    energies = layer_energies(subject.model, chosen, loader, pool=args.pool) if chosen else {}
+    for name in chosen.keys() - energies.keys():
+        warn(f"{name} did not run, and is left out")
+    if not energies:
+        raise options.OptionError(
+            f"{args.arch} has nothing to measure: no Conv2d, or no hidden Linear layer, that runs"
+        )
+    return energies
 
 
 def describe(energies: dict[str, torch.Tensor]) -> dict:

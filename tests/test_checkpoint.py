@@ -130,3 +130,13 @@ def test_another_network_is_described(tmp_path):
         load_weights(build_model("resnet", 10, 8), build_model("resnet", 100, 8).state_dict(), path="x")
     with pytest.raises(CheckpointError, match="absent"):
         load_weights(build_model("vgg11", 10), build_model("vgg11_bn", 10).state_dict(), path="x")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    save_checkpoint(tmp_path / "c.pth.tar", {"state_dict": {"w": torch.ones(2)}})
+    monkeypatch.setattr("utils.files.checkpoint.inspect", forbidden)  # chmod does not stop root, as whom CI runs
+    with pytest.raises(CheckpointError, match="cannot read .*c.pth.tar: change its permissions"):
+        load_checkpoint(tmp_path / "c.pth.tar")

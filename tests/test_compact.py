@@ -31,6 +31,13 @@ def test_every_bit_comes_back(tmp_path):
     }
 
 
+def test_what_is_no_plain_value_is_refused(tmp_path):
+    state = {"state_dict": {"w": torch.ones(2)}, "config": {"device": torch.device("cpu")}}
+    with pytest.raises(ValueError, match=r"no plain value \(Object of type device"):
+        save_compact(tmp_path / "c", state)
+    assert not (tmp_path / "c").exists()
+
+
 def test_same_bits_sees_a_sign_of_zero_and_a_name():
     one = {"w": torch.tensor([0.0])}
     assert same_bits(one, {"w": torch.tensor([0.0])})

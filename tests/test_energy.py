@@ -86,6 +86,23 @@ def test_energies_of_a_network_equal_numpy_on_all_outputs(pool):
         assert np.abs(result[name].numpy() - values / values.sum()).max() < 1e-6  # fp32 outputs of other batch sizes
 
 
+def test_tokens_count_each_and_what_never_ran_is_left_out():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.unused, self.head = nn.Linear(5, 3), nn.Linear(5, 4), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.hidden(x).mean((1, 2)))
+
+    torch.manual_seed(0)
+    model, images = Tokens().eval(), torch.randn(6, 2, 4, 5)  # 8 tokens an image
+    result = layer_energies(model, measured_layers(model, linear=True), [(images, None)], pool="max")
+    with torch.no_grad():
+        values = np.linalg.eigvalsh(np.cov(model.hidden(images).flatten(0, 2).double().numpy(), rowvar=False))[::-1]
+    assert list(result) == ["hidden"] and np.abs(result["hidden"].numpy() - values / values.sum()).max() < 1e-6
+
+
 def hooks(model):
     return sum(len(module._forward_hooks) for module in model.modules())
 

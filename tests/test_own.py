@@ -14,6 +14,7 @@ import cifar
 import cifar_prune_iterative
 import compute_energy
 from models import build_model, check_image_size, check_own_network, find_arch, takes_linear
+from utils import SparseNetwork
 from utils.files import load_model
 from utils.files.checkpoint import load_checkpoint
 from utils.files.preprocessing import CIFAR, Preprocessing
@@ -79,6 +80,9 @@ class Keeps(Small):
             self.window = torch.ones(x.shape[-2:])
         return self.norm(self.layers(x * self.window))
 
+def lazy(num_classes):
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(num_classes))
+
 def numbers(num_classes):
     return [num_classes]
 
@@ -127,6 +131,17 @@ def test_a_network_that_makes_tensors_when_it_first_runs(here, images):
     plain, fresh = (load_checkpoint(f"run/pruned/pruned_0.5{s}.pth.tar")["state_dict"] for s in ("", "_recalibrated"))
     assert fresh["norm.num_batches_tracked"] == 1  # of one batch alone, not mixed with those of training
     assert not torch.equal(plain["norm.running_mean"], fresh["norm.running_mean"])
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_loaded_network_of_lazy_layers_is_one_of_ordinary_ones(here, images):
+    options = ["-d", "folder", "--data", images, "--image_size", "16", "--epochs", "1", "--schedule"]
+    train(*options, "-a", "my_nets:lazy", "--save_dir", "run")
+    model = load_model("run/final.pth.tar", arch="my_nets:lazy")
+    assert [type(layer) for layer in model] == [nn.Conv2d, nn.Flatten, nn.Linear] and model[0].in_channels == 3
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(SparseNetwork(model)(pixels), model(pixels), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

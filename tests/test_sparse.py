@@ -14,7 +14,7 @@ from torch import nn
 
 from models import ARCHS, build_model
 from utils import SparseNetwork, prunable_weights, prune_by_magnitude_
-from utils.halo import sparse
+from utils.halo import sparse, sparse_workspace
 from utils.halo.native import load_native
 from utils.halo.sparse_trace import trace
 
@@ -225,6 +225,8 @@ FORWARDS = {
     "unread map": lambda m, x: (m.conv(x), m.other(x))[1],
     "view": lambda m, x: m.linear(m.conv(x).view(x.size(0), -1)),
     "reshape": lambda m, x: m.linear(m.add(m.conv(x)).reshape(-1, 144)),
+    "relu after a view": lambda m, x: m.linear(F.relu(m.conv(x).view(-1, 144))),
+    "relu after a view of a sum": lambda m, x: m.linear(F.relu((m.conv(x) + x).view(-1, 144))),
     "reshape by shape": lambda m, x: m.linear(torch.reshape(m.conv(x), (x.shape[0], -1))),
     "flat": lambda m, x: F.dropout(torch.flatten(m.conv(x), 1), 0.5, m.training),
     "sum of features": lambda m, x: m.linear(x.flatten(1)) + m.linear(m.conv(x).flatten(1)).relu(),
@@ -351,6 +353,17 @@ def test_repr_counts_the_weights():
     assert repr(SparseNetwork(model)) == "SparseNetwork(3 layers, 26620 of 266200 weights, compiled=True)"
 
 
+def fails_without_a_word(m, x):
+    raise AssertionError
+
+
+def hooked():
+    """A network in which a hook adds 1 to what a layer returns."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    model[0].register_forward_hook(lambda layer, inputs, output: output + 1)
+    return model
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -366,6 +379,11 @@ def test_repr_counts_the_weights():
         (Forward(lambda m, x: x + 1), "addition of anything but two maps"),
         (Forward(lambda m, x: x.flatten(1) + x), "addition of a map and features"),
         (Forward(lambda m, x: x.view(-1, 2, 72)), "view other than"),
+        (Forward(lambda m, x: x.view(-1)), "view other than"),
+        (Forward(lambda m, x: x.view(x.size())), "view other than"),
+        (Forward(fails_without_a_word), "cannot follow the network \\(AssertionError\\)"),
+        (Forward(lambda m, x: {4: m.conv}[x.shape[1]](x)), "cannot follow the network"),
+        (hooked(), "does not support hooks, such as that of '0'"),
         (Forward(lambda m, x: (x, x)), "not one tensor"),
         (Forward(lambda m, x: x + m.linear.bias), "linear.bias"),
         (Forward(lambda m, x: x if x.sum() > 0 else -x), "torch.fx cannot follow the network"),
@@ -374,6 +392,11 @@ def test_repr_counts_the_weights():
 def test_what_is_not_supported_is_named(layer, message):
     with pytest.raises(ValueError, match=message):
         SparseNetwork(layer.eval())
+
+
+def test_a_kernel_without_large_pages(monkeypatch):
+    monkeypatch.setattr(sparse_workspace, "ADVICE", 9999)  # madvise: invalid argument
+    assert torch.equal(sparse_workspace.zeros(10**6), torch.zeros(10**6))
 
 
 def test_training_mode_is_refused():

@@ -63,6 +63,10 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
         check_state(state)
     except RefusedError as error:
         raise CheckpointError(f"{path} {error}") from error
+    except PermissionError as error:
+        raise CheckpointError(f"cannot read {path}: change its permissions, or use a copy of your own") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # a damaged file makes zipfile, pickle and torch raise almost anything
         raise CheckpointError(f"{path} is truncated, damaged or no checkpoint: use another copy") from error
     tensors = {key.removeprefix("module."): value for key, value in state["state_dict"].items()}

@@ -50,7 +50,7 @@ def save_compact(path: str | Path, state: dict) -> None:
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: the network is too large to be read back.
+        ValueError: the network is too large to be read back, or its checkpoint records more than plain values.
     """
     tensors: Mapping[str, Tensor] = state["state_dict"]
     if sum(tensor.numel() for tensor in tensors.values()) > LARGEST:
@@ -63,8 +63,12 @@ def save_compact(path: str | Path, state: dict) -> None:
         "tensors": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors.items()},
         "checkpoint": {key: state[key] for key in KEPT if key in state},
     }
+    try:
+        described = json.dumps(meta)
+    except TypeError as error:
+        raise ValueError(f"what the checkpoint records beside its weights is no plain value ({error})") from error
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("meta.json", json.dumps(meta))
+        archive.writestr("meta.json", described)
         for kind, group in kinds.items():
             words = np.concatenate([_words(tensor) for tensor in group])
             mask = words != 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from models import ARCHS, build_model, find_arch, guess_arch, resolve_depth
 from utils.files.checkpoint import CheckpointError
@@ -94,6 +95,15 @@ def recorded_widths(state: Mapping, path: str | Path) -> dict[str, list[int]] | 
     return {name: list(sizes) for name, sizes in widths.items()}
 
 
+def _with_shapes(model: nn.Module, state: Mapping, path: str | Path) -> nn.Module:
+    """Run a network of lazy layers once, as they have no shape before, on an image as the file records them."""
+    record = read_record(state, path) if any(map(is_lazy, model.parameters())) else None
+    if record:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *record.preprocessing.shape))
+    return model.train()
+
+
 def build_recorded(arch: str, num_classes: int, depth: int | None, state: Mapping, path: str | Path) -> nn.Module:
     """Build the network of a checkpoint, as narrow as it records; its weights are still to be loaded.
 
@@ -103,7 +113,7 @@ def build_recorded(arch: str, num_classes: int, depth: int | None, state: Mappin
     """
     widths = recorded_widths(state, path)
     if widths is None:
-        return build_model(arch, num_classes, depth)
+        return _with_shapes(build_model(arch, num_classes, depth), state, path)
     record = read_record(state, path)
     try:
         model = build_model(arch, num_classes, depth, widths=widths)

@@ -172,12 +172,14 @@ def fold(program: Program) -> Program:
     """
     ops: dict[int, Op] = {}  # by output, in the order in which they run
     readers = {value: len(places) for value, places in program.readers().items()}
+    features, gone = dict(program.features), set()  # `gone`: the values that others continue
 
     def take(value: int, kinds: tuple[str, ...], *, whole: bool = True) -> Op | None:
         """Take the operation that writes a value out of the program, to be continued; None if it must stay."""
         op = ops.get(value)
         if op is None or readers[value] > 1 or op.kind not in kinds or op.relu or (whole and op.residual is not None):
             return None
+        gone.add(value)
         return ops.pop(value)
 
     for op in program.ops:
@@ -195,7 +197,10 @@ def fold(program: Program) -> Program:
             before = take(op.source, (*KERNELS, *POOLS, "identity"), whole=False)
             op = replace(before or replace(op, kind="identity"), output=op.output, relu=True)
         ops[op.output] = op
-    return Program(list(ops.values()), program.output, program.flat, program.features)
+        for value in gone & features.keys():
+            features[op.output] = features[value]
+        features = {value: count for value, count in features.items() if value not in gone}
+    return Program(list(ops.values()), program.output, program.flat, features)
 
 
 def _scaled(op: Op, scale: Op) -> Op:

@@ -89,8 +89,8 @@ def trace(model: nn.Module) -> Program:
         model = nn.Sequential(model).eval()  # fx would look into a layer that stands alone
     try:
         graph = Tracer().trace(model)
-    except (fx.proxy.TraceError, TypeError, AttributeError, NameError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever the network's forward() raises when it is given a stand-in for images
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"torch.fx cannot follow the network ({reason}): {REMEDY}") from error
     program = fold(_Translation(model, graph).program())
     for op in program.ops:
@@ -138,7 +138,10 @@ class _Translation:
     def _call(self, node: fx.Node) -> None:
         target = node.target
         if node.op == "call_module":
-            self._layer(node, target, self.modules[target])
+            layer = self.modules[target]
+            if layer._forward_pre_hooks or layer._forward_hooks:
+                raise self._unknown(node, f"hooks, such as that of {target!r}, which may change what a layer computes")
+            self._layer(node, target, layer)
         elif target in ADDITIONS:
             self._add(node, in_place=ADDITIONS[target])
         elif target in VIEWS:
@@ -182,7 +185,7 @@ class _Translation:
     def _view(self, node: fx.Node) -> None:
         """Accept x.view(len(x), -1) and x.view(-1, features), which flatten."""
         value, _ = self._read(node)
-        sizes = node.args[1:] if len(node.args) != 2 else node.args[1]
+        sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
         sizes = [self.values.get(s, s) if isinstance(s, fx.Node) else s for s in sizes] if len(sizes) == 2 else [0, 0]
         if sizes[0] is not BATCH and sizes[0] != -1 or not isinstance(sizes[1], int) or sizes == [-1, -1]:
             raise self._unknown(node, "a view other than (N, -1) and (-1, features)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -21,7 +22,8 @@ def zeros(count: int) -> Tensor:
         return torch.zeros(count)
     size = (-(-4 * count // HUGE) + 1) * HUGE
     pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(ADVICE)
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        pages.madvise(ADVICE)
     floats = torch.frombuffer(pages, dtype=torch.float32)
     start = -floats.data_ptr() % HUGE // 4
     return floats[start : start + count]

@@ -121,7 +121,8 @@ def layer_energies(
         pool: a key of POOLS.
 
     Returns:
-        Name to (C,), descending, of sum 1.
+        Name to (C,), descending, of sum 1, of the layers that ran. Of a Linear layer that reads several vectors an
+        image (tokens), each counts.
 
     Note:
         The release takes the top-left pixel of augmented training images and a non-symmetric eigensolver.
@@ -129,11 +130,11 @@ def layer_energies(
     statistics: dict[str, StreamingCovariance] = {}
 
     def see(name: str, output: Tensor) -> None:
-        vectors = POOLS[pool](output) if output.dim() == 4 else output
+        vectors = POOLS[pool](output) if isinstance(layers[name], nn.Conv2d) else output.flatten(0, -2)
         statistics.setdefault(name, StreamingCovariance(vectors.shape[1])).update(vectors)
 
     model.eval()
     with watch_outputs(layers, see):
         for images, *_ in batches:
             model(images)
-    return {name: eigenvalue_energy(statistics[name].covariance()) for name in layers}
+    return {name: eigenvalue_energy(statistics[name].covariance()) for name in layers if name in statistics}
