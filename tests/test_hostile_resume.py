@@ -182,3 +182,16 @@ def test_a_momentum_of_another_shape_never_reaches_the_kernel():
     step.step()
     with pytest.raises(ValueError, match=r"momentum of shape \(1,\), not \(64,\)"):
         weights.step()
+
+
+def test_the_one_state_of_torch_that_older_versions_kept_is_taken(half_done, tmp_path, no_figures):
+    options, checkpoint = half_done
+    state = load_checkpoint(checkpoint)
+    (kept,) = state["rng"]["torch"]
+    changed(kept, "rng", "torch")(state)
+    save_checkpoint(tmp_path / "old.pth.tar", state)
+    for name, path in (("new", checkpoint), ("old", tmp_path / "old.pth.tar")):
+        train(*options, "--save_dir", tmp_path / name, "--resume", path)
+    new, old = (load_checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("new", "old"))
+    assert all(torch.equal(new["state_dict"][name], value) for name, value in old["state_dict"].items())
+    assert torch.equal(*new["rng"]["torch"], *old["rng"]["torch"])

@@ -88,7 +88,7 @@ def measured_layers(model: nn.Module, *, linear: bool) -> dict[str, nn.Module]:
     """Return the layers whose outputs are looked at: every Conv2d, with `linear` the hidden Linear layers too."""
     kinds = (nn.Conv2d, nn.Linear) if linear else (nn.Conv2d,)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    if linear:
+    if linear and layers:
         layers.popitem()  # the last one gives the logits
     return layers
 
