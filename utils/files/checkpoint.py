@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from models import guess_arch
 from utils.files.archive import RefusedError
@@ -98,9 +97,8 @@ def check_network(model: nn.Module, state_dict: Mapping[str, Tensor], *, path: s
     Raises:
         CheckpointError: names or shapes differ; the message shows the first three.
     """
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in state_dict.items()}
-    # a lazy layer takes any shape
-    wanted = {name: found.get(name) if is_lazy(t) else tuple(t.shape) for name, t in model.state_dict().items()}
     names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
     if names:
         shown = [f"{n} {found.get(n, 'absent')} instead of {wanted.get(n, 'absent')}" for n in names[:3]]

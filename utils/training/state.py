@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from utils.training.experiment import Experiment
 
 # Options that a resumed run may change: none of them alters what an epoch computes, beyond the order of sums.
-FREE_ON_RESUME = {"epochs", "data", "save_dir", "device", "test_batch", "overwrite", "resume", "evaluate", "compile"}
-FREE_ON_RESUME |= {"no_test"}
+FREE_ON_RESUME = {
+    *("epochs", "data", "save_dir", "device", "test_batch", "overwrite", "resume", "evaluate", "compile", "no_test")
+}
 # Options that a resumed run takes from its checkpoint where they are not given.
 KEPT_ON_RESUME = {"start": str, "mask": str, "gmp_epochs": list}
 # Options that shape training and that the checkpoints of older versions, or of other scripts, do not know.
