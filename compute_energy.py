@@ -21,6 +21,8 @@ import torch
 from models import ARCHS
 from utils import options, plots
 from utils.files.atomic import atomic_write, printable
+from utils.files.checkpoint import load_checkpoint
+from utils.files.record import read_record, same_network
 from utils.logger import say, warn
 from utils.run import all_or_none, portable_path, refuse_existing, run_script, write_json
 from utils.stages.energy import POOLS, components, effective_rank, layer_energies, measured_layers
@@ -44,12 +46,30 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_different(paths: list[str]) -> None:
+    """Make sure that the files that record their data set and network record the same.
+
+    Raises:
+        OptionError: they do not.
+    """
+    records = [(path, read_record(load_checkpoint(path), path)) for path in paths]
+    records = [(path, record) for path, record in records if record]
+    for path, record in records[1:]:
+        other, first = records[0]
+        same = (record.dataset, record.depth) == (first.dataset, first.depth)
+        if not (same and same_network(record.arch, first.arch)):
+            is_of, was_of = (f"-d {its.dataset} {its.network}" for its in (record, first))
+            raise options.OptionError(f"{path} is of {is_of}, {other} of {was_of}: measure one at a time")
+
+
 def load_all(args: argparse.Namespace) -> list[Subject]:
     """Load the checkpoints, and the images once.
 
     Raises:
         OptionError: they are of different networks, or of differently prepared images.
     """
+    if len(args.checkpoint) > 1:
+        refuse_different(args.checkpoint)
     subjects: list[Subject] = []
     for path in args.checkpoint:
         subjects.append(load_subject(args, path, data=subjects[0].data if subjects else None))

@@ -89,6 +89,23 @@ def test_stages_need_no_options_that_the_file_has(run, images, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "part, key, value, words",
+    [
+        ("config", "dataset", "cifar10", "is of -d cifar10 -a resnet --depth 8, "),
+        ("config", "depth", 14, "is of -d folder -a resnet --depth 14, "),
+        ("preprocessing", "mean", [0.1, 0.2, 0.3], "was trained on images that were prepared in another way"),
+    ],
+)
+def test_networks_that_cannot_be_overlaid_are_refused(run, images, tmp_path, fails_in, part, key, value, words):
+    state = load_checkpoint(run / "final.pth.tar")
+    state[part] = {**state[part], key: value}
+    save_checkpoint(tmp_path / "other.pth.tar", state)
+    files = ["--checkpoint", run / "final.pth.tar", tmp_path / "other.pth.tar"]
+    status, error = fails_in(compute_energy, "--data", images, *files, "--save", tmp_path / "e")
+    assert status == 2 and words in error and "measure one at a time" in error and not list(tmp_path.glob("e.*"))
+
+
+@pytest.mark.parametrize(
     "options, words",
     [
         (["-d", "cifar10"], "-d cifar10 contradicts"),
