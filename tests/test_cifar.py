@@ -8,15 +8,17 @@ import random
 import signal
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import start, train
+from conftest import start, train, write_images
 
 from models import build_model
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.run import RUN_FILES, portable_path, read_json
+from utils.training.experiment import Experiment
 
 HALO = ["--halo", "--xi", "1e-3", "--psi", "1e-3"]
 TIMES = ("seconds", "images_per_second")
@@ -63,6 +65,18 @@ def test_every_penalty_resumes_into_another_folder(tiny, tmp_path, penalty):
     if "--ws" in penalty or "--halo" in penalty:
         assert_equal_runs(tmp_path / "run", tmp_path / "second")
     assert rows(tmp_path / "run") == rows(tmp_path / "second")
+
+
+def test_the_log_has_both_learning_rates(tiny, tmp_path):
+    train(*tiny, *HALO, "--reg_lr", 0.2, "--gamma", 0.5, "--released_lr")
+    log = rows(tmp_path / "run")
+    assert [[float(row[key]) for row in log] for key in ("lr", "reg_lr")] == [[0.1, 0.05], [0.2, 0.05]]
+
+
+def test_the_first_of_equally_good_epochs_is_the_best():
+    history = [{"epoch": k, "val_top1": top1} for k, top1 in enumerate((60.0, 80.0, 70.0, 80.0), start=1)]
+    run = SimpleNamespace(args=SimpleNamespace(gmp=None), history=history, held_out="val")
+    assert Experiment.best.fget(run)["epoch"] == 2
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(tiny, tmp_path):
@@ -191,9 +205,9 @@ def test_resume_refuses_another_run(trained, tmp_path, fails, change, words):
 
 def test_resume_refuses_another_number_of_classes(trained, tmp_path, fails):
     checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
-    options = ["-d", "digits", "-a", "resnet", "--depth", "8", "--resume", checkpoint, "--save_dir", tmp_path / "other"]
-    status, line = fails(*options)
-    assert status == 1 and "num_classes 3 (now 10)" in line or "dataset" in line
+    more = write_images(tmp_path / "more", classes=4)
+    status, line = fails(*trained, "--data", more, "--save_dir", tmp_path / "other")
+    assert status == 1 and "num_classes 3 (now 4)" in line
     status, line = fails("-d", "digits", "-a", "resnet", "--depth", "8", "--evaluate", "--resume", checkpoint)
     assert status == 1 and "fc.weight (3, 64) instead of (10, 64)" in line
 

@@ -66,6 +66,21 @@ def test_where_compiling_fails_the_network_runs_as_it_is(monkeypatch, capsys):
     assert notes.count("runs uncompiled: CppCompileError: C++ compile error") == 1
 
 
+def test_where_the_backward_pass_fails_to_compile_it_is_one_line(monkeypatch, tiny, tmp_path, fails):
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(context, logits):
+            return logits.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            raise RuntimeError("CppCompileError:\nC++ compile error")
+
+    monkeypatch.setattr(torch, "compile", lambda network, **_: lambda images: Broken.apply(network(images)))
+    status, line = fails(*tiny, "--compile")
+    assert status == 2 and "backward pass: CppCompileError: C++ compile error: leave it out" in line
+
+
 def test_a_cache_that_cannot_be_made_is_no_obstacle(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setattr(compiled, "CACHE", tmp_path / "file" / "inductor")

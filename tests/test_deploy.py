@@ -25,6 +25,7 @@ from utils.halo import sparse
 from utils.halo.fold import fold_batch_norm
 from utils.stages import compiler
 from utils.stages import deploy as stage
+from utils.stages.deploy import _summary
 
 ONNX = ["--onnx"] if all(map(find_spec, ("onnx", "onnxscript"))) else []
 QUICK = ["--batch", 1, 3, "--no_compile"]
@@ -94,6 +95,7 @@ def test_both_forms_are_proved_and_measured(deployed):
         assert list(row) == ["dense", "shrunk", "sparse"] and row["dense"]["times_faster"] == 1
         assert all(cell["n"] == 5 and cell["ms"] > 0 for cell in row.values())
     assert lines[-1] == report["sentence"] and "at batch 3" in lines[-1] and "at batch 1." in lines[-1]
+    assert _summary([1.0, 2.0, 1.0], dense=[3.0, 4.0, 3.0])["times_faster"] == 3
     ratio = report["milliseconds"]["3"]["sparse"]["times_faster"]
     assert lines[-1].startswith(f"The sparse network is {ratio:.1f} times ")
     assert max(len(line) for line in lines if not line.startswith("wrote in")) <= 120

@@ -163,6 +163,33 @@ def test_a_penalty_that_the_scaler_divides_is_noticed_at_the_next_step():
         penalty.add_grad_()
 
 
+@pytest.mark.parametrize("unscaled", ["none", "head", "all"])
+def test_a_scaler_of_several_optimizers_unscales_none_or_all(unscaled):
+    """The scaler does not tell whose gradients it has unscaled."""
+    torch.manual_seed(0)
+    body, head = nn.Linear(4, 4), nn.Linear(4, 2)
+    model = nn.Sequential(body, head)
+    penalty = L1({"body": body.weight}, xi=10.0)
+    optimizers = {"body": torch.optim.SGD(body.parameters(), 0.1), "head": torch.optim.SGD(head.parameters(), 0.1)}
+    scaler, before = torch.amp.GradScaler("cpu"), body.weight.detach().clone()
+    for step in range(2):
+        scaler.scale(model(torch.ones(3, 4)).square().mean()).backward()
+        for name, optimizer in optimizers.items():
+            if unscaled in (name, "all"):
+                scaler.unscale_(optimizer)
+        if step and unscaled == "head":
+            with pytest.raises(ValueError, match=r"scaler.unscale_\(\) of all optimizers before it or of none"):
+                penalty.add_grad_(scaler=scaler)
+            return
+        penalty.add_grad_(scaler=scaler)
+        for optimizer in optimizers.values():
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        if not step and unscaled != "head":
+            assert ((body.weight - before).abs() - 1).abs().max() < 0.5  # 0.1 * 10, and what the loss does
+
+
 @pytest.mark.parametrize("weights", [True, False])
 def test_scaler_step_of_the_optimizer_of_lam_is_refused(weights):
     model = network()

@@ -35,12 +35,37 @@ def form(request, monkeypatch):
     return {"compiled": request.param == "compiled"}
 
 
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    """Let the kernel share its work between so many threads, whatever OMP_NUM_THREADS says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 def halo(params, *, coefficients=None):
     penalty = HALO(params, **(coefficients or {"xi": 0.3, "psi": 0.2, "lambda_init": 0.7}))
     randomize(penalty)
     return penalty
 
 
+def test_torch_compile_makes_the_step_that_is_asked_for(monkeypatch):
+    made = []
+
+    def compile_step(step, **options):
+        made.append(step)
+        return step
+
+    monkeypatch.setattr(lambda_sgd, "load_kernel", no_kernel)
+    monkeypatch.setattr(torch, "compile", compile_step)
+    for compiled in (False, True):
+        params = random_params(torch.float32)
+        FusedHALO(halo(params), **FACTORS, compiled=compiled).step()
+        assert bool(made) == compiled
+
+
+@pytest.mark.usefixtures("threads")
 def test_one_step_equals_the_readable_one(form):
     """Both signs of lam, a weight of 0, channels_last, and a gradient in another layout than its weight."""
     pair = []
@@ -60,6 +85,7 @@ def test_one_step_equals_the_readable_one(form):
     assert any((lam < 0).any() for lam in pair[0]) and pair[0][2][0, 0] == 1  # the weight 0 has no slope
 
 
+@pytest.mark.usefixtures("threads")
 def test_by_hand():
     w = nn.Parameter(torch.tensor([0.5, -2.0]))
     w.grad = torch.tensor([1.0, 1.0])
@@ -75,6 +101,7 @@ def test_by_hand():
     assert optimizer.state[penalty.lambdas["w"]]["momentum_buffer"][0].item() > 0.9 * 0.1975
 
 
+@pytest.mark.usefixtures("threads")
 def test_the_weights_can_be_stepped_in_the_same_pass():
     """As LambdaSGD and SGD one after the other do, the parameters that are not penalised too; checkpoints alike."""
     results = []

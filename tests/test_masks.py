@@ -1,7 +1,9 @@
 """Zeros that stay zero: in every penalty and optimizer, through the scripts, over a stop (test_gmp.py: processes)."""
 
 import json
+import shlex
 import shutil
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from utils.halo.lambda_sgd import FusedHALO, LambdaSGD
 from utils.halo.masks import and_
 from utils.halo.memory import CHUNK
 from utils.run import portable_path
+from utils.training import experiment
 from utils.training.compiled import find_compiler
 
 COEFFICIENTS = {"none": {}, "l1": {"xi": 0.01}, "mcp": {"xi": 0.01, "psi": 9}}
@@ -288,6 +291,38 @@ def test_convolutions_in_channels_last_and_only_their_weights(tiny, tmp_path):
     kept = state["state_dict"]["layer1.0.conv1.weight"][:, ::2]
     assert (kept == 0).all() and not kept.signbit().any() and state["mask"]["zeros"] == kept.numel()
     assert (state["state_dict"]["fc.weight"] != 0).all() and (state["state_dict"]["bn1.bias"] != 0).any()
+
+
+def test_held_out_images_that_the_start_has_seen_are_noted(tiny, tmp_path, capsys):
+    train(*tiny, "--epochs", 1, "--val_split", 4)
+    for held_out, note in ((4, ""), (3, ""), (6, "trained on 2 of the 6 held-out images: accuracy on them says too")):
+        capsys.readouterr()
+        other = ["--save_dir", tmp_path / str(held_out), "--val_split", held_out, "--epochs", 1]
+        train(*tiny, *other, "--start", tmp_path / "run" / "final.pth.tar")
+        said = capsys.readouterr().err
+        assert note in said and ("held-out images" in said) == bool(note)
+    train(*tiny, *other, "--overwrite", "--start", tmp_path / "run" / "init.pth.tar")  # trained on nothing
+    assert "held-out images" not in capsys.readouterr().err
+
+
+def test_the_command_that_continues_does_not_begin_again(pruned, tmp_path, monkeypatch):
+    file = pruned / "pruned" / "pruned_0.95.pth.tar"
+    begin = ["--start", file, "--mask", file, "--save_dir", tmp_path / "run"]
+    options = [str(option) for option in (*LENET, *begin, "--epochs", 2, "--schedule", 1)]
+    monkeypatch.setattr(sys, "argv", ["mnist/mnist.py", *options])
+    original = experiment.run_epoch
+
+    def until(run):
+        if run.epoch:
+            raise KeyboardInterrupt
+        return original(run)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="continue with: python mnist") as stop:
+        patch.setattr(experiment, "run_epoch", until)
+        mnist.mnist.main(mnist.mnist.get_parser().parse_args(options))
+    _, _, *command = shlex.split(str(stop.value).split("continue with: ")[1])
+    assert mnist.mnist.main(mnist.mnist.get_parser().parse_args(command))["final"]["epoch"] == 2
+    assert_zeros_kept(tmp_path / "run", file)
 
 
 def test_what_cannot_be_kept_is_said(tiny, tmp_path, fails, capsys):

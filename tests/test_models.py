@@ -37,6 +37,13 @@ def test_vgg16_penalises_weights_and_biases_of_convolutions():
     assert "classifier.weight" in prunable_weights(model, linear=True)
 
 
+def test_resnet_is_initialised_for_its_outputs():
+    """He et al. 2015 with the fan of the outputs: 32 filters of 3x3 where there are 16 inputs."""
+    torch.manual_seed(0)
+    w = build_model("resnet", 10, 20).state_dict()["layer2.0.conv1.weight"]
+    assert w.shape == (32, 16, 3, 3) and w.std().item() == pytest.approx((2 / (32 * 9)) ** 0.5, rel=0.05)
+
+
 def test_resnet_names():
     names = set(build_model("resnet", 10, 20).state_dict())
     expected = {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer2.0.downsample.0.weight"}

@@ -1,5 +1,6 @@
 """The command line: defaults, rules between options, and that none is decoration."""
 
+import ast
 import re
 import shlex
 import sys
@@ -46,6 +47,11 @@ def test_defaults_of_the_release():
     assert {key: args[key] for key in expected} == expected
 
 
+def test_mcp_starts_from_a_threshold_that_does_something():
+    args = resolved("--mcp")
+    assert (args["xi"], args["psi"]) == (1e-4, 1000) and args["xi"] * args["psi"] == pytest.approx(0.1)
+
+
 def test_lam_follows_the_weights_unless_told():
     assert (resolved("--ws --lr 0.2 --wd 3e-4")["reg_lr"], resolved("--ws --wd 3e-4")["reg_wd"]) == (0.2, 3e-4)
     args = resolved("--halo --reg_lr 0 --reg_wd 0")
@@ -59,10 +65,32 @@ def test_flags_choose_penalty_and_folder(name):
     assert (args["penalty"], args["save_dir"]) == (name, f"runs/digits_resnet_{name}_seed4")
 
 
+def sources_of(script):
+    """Return the files of this project that a script imports, directly or not, and the script."""
+    found, ahead = {}, [ROOT / script]
+    while ahead:
+        path = ahead.pop()
+        if path in found or not path.is_file():
+            continue
+        found[path] = path.read_text()
+        for node in ast.walk(ast.parse(found[path])):
+            module = getattr(node, "module", None)  # of a "from"
+            names = [f"{module}.{alias.name}" if module else alias.name for alias in getattr(node, "names", [])]
+            for name in filter(None, (module, *(n for n in names if isinstance(node, (ast.Import, ast.ImportFrom))))):
+                place = ROOT / name.replace(".", "/")
+                ahead += [place.with_suffix(".py"), place / "__init__.py"]
+    return found
+
+
+def test_a_script_is_searched_with_what_it_imports():
+    pruning, training = sources_of("cifar_prune_iterative.py"), sources_of("cifar.py")
+    steps = ROOT / "utils" / "training" / "optimizers.py"
+    assert steps in training and steps not in pruning and ROOT / "utils" / "stages" / "prune.py" in pruning
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_option_is_read(script):
-    sources = [ROOT / script, *(ROOT / "utils").rglob("*.py")]
-    text = "\n".join(path.read_text() for path in sources)
+    text = "\n".join(sources_of(script).values())
     names = {action.dest for action in SCRIPTS[script].get_parser()._actions} - {"help"}
     reads_coefficients = 'for name in ("xi", "psi", "lambda_init")' in text
     assert reads_coefficients and len(names) >= 7

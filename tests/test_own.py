@@ -246,8 +246,15 @@ def test_images_that_do_not_fit_into_the_memory_are_refused_before_they_are_read
 
 
 def test_the_memory_there_is():
-    there = folder.available_memory()
-    assert there is None or 2**20 < there < 2**50
+    assert 2**20 < folder.available_memory() < 2**50
+
+
+@pytest.mark.parametrize("limit, there", [("max", 3000 * 1024), ("5000000", 4_000_000), ("1002000", 2000)])
+def test_a_container_may_have_less(monkeypatch, limit, there):
+    files = {"/proc/meminfo": ["MemTotal: 9000 kB", "MemAvailable:    3000 kB"]}
+    files |= {"/sys/fs/cgroup/memory.max": [limit], "/sys/fs/cgroup/memory.current": ["1000000"]}
+    monkeypatch.setattr(folder, "_lines", files.__getitem__)
+    assert folder.available_memory() == min(there, 3000 * 1024)
 
 
 def test_augmentation_follows_the_options_and_the_stages_know_them(images, tmp_path):

@@ -177,6 +177,21 @@ def test_half_precision_weights_are_penalised_in_fp32(dtype):
     assert w.grad.tolist() == pytest.approx([1e-4, -1e-4], rel=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", MAKERS)
+def test_only_the_gradient_of_half_precision_weights_is_rounded(name, dtype):
+    params = random_params(dtype)
+    exact = {n: nn.Parameter(w.detach().float()) for n, w in params.items()}
+    penalty, other = MAKERS[name](params), MAKERS[name](exact)
+    for one in (penalty, other):
+        randomize(one)
+        one.add_grad_()
+    assert penalty().item() == pytest.approx(other().item(), rel=1e-6)
+    assert all(torch.equal(w.grad, exact[n].grad.to(dtype)) for n, w in params.items())
+    for lam, same in zip(penalty.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(lam.grad, same.grad, rtol=1e-6, atol=0)
+
+
 def test_only_lam_is_a_parameter_of_the_penalty():
     params = random_params()
     penalty = HALO(params, xi=1, psi=1)

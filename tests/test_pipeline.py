@@ -4,11 +4,13 @@ import csv
 import json
 import os
 import shutil
+from itertools import combinations, product
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, start
+from torch import nn
 
 import check_params
 import cifar
@@ -19,6 +21,11 @@ import mnist.mnist
 from models import build_model
 from utils import prunable_weights
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
+from utils.halo.pruning import SCHEMES
+from utils.stages.energy import POOLS, layer_energies
+from utils.stages.prune import recalibrate_batch_norm
+from utils.training.data import load_dataset
+from utils.training.loading import make_loader
 
 
 def call(script, *options):
@@ -116,7 +123,7 @@ def test_mnist_resumes_bit_for_bit(tmp_path):
 def test_defaults_of_the_release_for_mnist():
     args = mnist.mnist.get_parser().parse_args([])
     assert (args.epochs, args.train_batch, args.lr, args.momentum) == (250, 100, 0.1, 0.9)
-    assert [round(epoch * 600 / 25_000) for epoch in args.schedule] == [1, 2, 3, 4, 5]
+    assert args.schedule == [42, 83, 125, 167, 208] and args.wd == 0  # every 25,000 steps of 600 an epoch
 
 
 def test_pruning_files_and_numbers(network, tmp_path):
@@ -139,6 +146,21 @@ def test_pruning_files_and_numbers(network, tmp_path):
     with open(tmp_path / "accuracy_vs_sparsity.csv", newline="") as file:
         assert [float(row["sparsity"]) for row in csv.DictReader(file)] == [0, 0, 0.5, 1]
     assert "EMPTY" in (tmp_path / "prune.txt").read_text()
+
+
+def test_every_scheme_removes_other_weights(network, tmp_path):
+    options, model = network
+    masks, counts = {}, {}
+    for scheme in SCHEMES:
+        folder = tmp_path / scheme
+        prune = ["--percent", "0.5", "--scheme", scheme, "--resume", model, "--save_dir", folder]
+        report = call(cifar_prune_iterative, *options, *prune)
+        state = load_checkpoint(folder / "pruned_0.5.pth.tar")["state_dict"]
+        masks[scheme] = torch.cat([(state[layer["name"]] == 0).flatten() for layer in report["results"][0]["layers"]])
+        counts[scheme] = [layer["total"] - layer["remaining"] for layer in report["results"][0]["layers"]]
+        totals = [layer["total"] for layer in report["results"][0]["layers"]]
+    assert all(not torch.equal(masks[a], masks[b]) for a, b in combinations(SCHEMES, 2))
+    assert counts["layerwise"] == [total // 2 for total in totals] != counts["global"] == counts["shuffle"]
 
 
 def test_pruning_on_held_out_images_reads_no_others(network, tmp_path, monkeypatch):
@@ -190,6 +212,20 @@ def test_recalibrated_statistics_are_those_of_the_images(network, images, tmp_pa
     assert not torch.allclose(
         plain["state_dict"]["bn1.running_mean"], fresh["state_dict"]["bn1.running_mean"], atol=1e-3
     )
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_every_image_counts_the_same_in_recalibrated_statistics(images, dimensions):
+    """9 images, at most 8 a batch: as if they had come at once, and one image alone has no variance."""
+    flat = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3)]
+    data, means = load_dataset("folder", str(images)), []
+    for batch in (8, 9):
+        model = nn.Sequential(*flat) if dimensions == 1 else nn.Sequential(nn.BatchNorm2d(3))
+        share = {"images": 9, "batch": batch, "seed": 1}
+        recalibrate_batch_norm(model, data, torch.device("cpu"), arch="resnet", **share)
+        assert model[-1].momentum == 0.1
+        means.append(model[-1].running_mean)
+    torch.testing.assert_close(*means, rtol=1e-5, atol=1e-6)
 
 
 def test_what_has_no_batch_norm_is_not_recalibrated(tmp_path, fails_in):
@@ -246,6 +282,18 @@ def test_energy_files(network, tmp_path):
             assert energy.sum() == pytest.approx(1) and (np.diff(energy) <= 0).all()
     report = json.loads((tmp_path / "e.json").read_text())
     assert report["split"] == "test" and report["pool"] == "max"
+    images, layer, energies = load_dataset("folder", options[3]), "layer3.0.conv2", {}
+    for split, pool in product(("train", "test"), POOLS):
+        asked = ["--checkpoint", model, "--split", split, "--pool", pool, "--layers", layer, "--overwrite"]
+        call(compute_energy, *options, *asked, "--save", tmp_path / "e")
+        with np.load(tmp_path / "e.npz") as arrays:
+            energies[split, pool] = arrays[layer]
+        network = build_model("resnet", 3, 8)
+        network.load_state_dict(load_checkpoint(model)["state_dict"])
+        batches = make_loader(images, split, torch.device("cpu"), arch="resnet", batch_size=500)
+        alone = layer_energies(network, {layer: network.get_submodule(layer)}, batches, pool=pool)[layer]
+        assert energies[split, pool] == pytest.approx(alone.numpy(), abs=1e-5)
+    assert all(np.abs(one - other).max() > 1e-4 for one, other in combinations(energies.values(), 2))
     overlay = ["--checkpoint", model, model, "--labels", "a", "b", "--layers", "conv1", "layer3.0.conv2"]
     call(compute_energy, *options, *overlay, "--save", tmp_path / "two")
     with np.load(tmp_path / "two.npz") as arrays:

@@ -321,7 +321,8 @@ def test_lam_at_rest_is_where_its_gradient_is_zero():
         ("", "", "", "12.3% of the penalised weights have |w| <= 1e-3"),
         ("0.5", "0.9", "0.4321", "; rank correlation of |lam| with |w|: 0.43"),
         ("0.85585", "0.85587", "0.96", "; lam spans less than 1% (0.85585 to 0.85587)"),
-        ("10.31", "10.31", "", "; the one lam is 10.3"),
+        ("10.31", "10.31", "", "; lam is 10.3 everywhere"),
+        ("0.1", "0.2", "", ""),
     ],
 )
 def test_no_rank_correlation_of_lam_that_are_all_the_same(low, high, correlation, words):

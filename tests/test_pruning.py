@@ -121,15 +121,17 @@ def test_threshold_is_the_largest_that_went():
     assert magnitude_threshold(before, before) == 0
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
-def test_ratios_out_of_range(fraction):
+def test_ratios_out_of_range(fraction, scheme):
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
-        prune_by_magnitude_(random_weights(), fraction)
+        SCHEMES[scheme](random_weights(), fraction, generator=torch.Generator())
 
 
-def test_nan_has_no_magnitude():
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nan_has_no_magnitude(scheme):
     with pytest.raises(ValueError, match="layer0.weight holds NaN"):
-        prune_by_magnitude_(weights([1.0, float("nan")]), 0.5)
+        SCHEMES[scheme](weights([1.0, float("nan")]), 0.5, generator=torch.Generator())
 
 
 class TwoLayers(nn.Module):

@@ -6,6 +6,7 @@ import scipy.stats
 import torch
 
 from utils import HALO, L1, MCP, SWS
+from utils.training import statistics
 from utils.training.statistics import near_zero, penalty_statistics, quantiles, rank_correlation
 
 
@@ -15,6 +16,18 @@ def test_rank_correlation_equals_scipy_with_ties():
     y = x + torch.randint(30, (500,), generator=generator)
     assert rank_correlation(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-9)
     assert np.isnan(rank_correlation(torch.ones(5), torch.arange(5.0)))
+
+
+def test_of_many_values_evenly_spaced_ones_are_ranked(monkeypatch):
+    x, y = torch.randn(2, 35, generator=torch.Generator().manual_seed(0))
+    expected = scipy.stats.spearmanr(x[::4], y[::4]).statistic
+    monkeypatch.setattr(statistics, "RANKED_AT_MOST", 10)
+    assert rank_correlation(x, y) == pytest.approx(expected, abs=1e-9)
+
+
+def test_lam_that_are_all_the_same_have_no_rank():
+    row = penalty_statistics(HALO({"w": torch.linspace(0.1, 1, 101)}, xi=0.5, psi=1))
+    assert row["rank_correlation"] == "" and row["lambda_q0"] == row["lambda_q100"] == 1
 
 
 def test_quantiles_are_elements():

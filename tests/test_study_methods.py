@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -105,6 +106,14 @@ def assert_pruned_already(folder, ratio):
     zeros = sum(layer["total"] - layer["remaining"] for layer in result["layers"])
     assert (result["asked"], result["removed"], zeros) == (ratio, 0, round(TOTAL * ratio))
     assert result["after"] == {key: report["before"][key] for key in result["after"]}
+
+
+def test_a_run_before_the_cut_that_lost_its_summary_is_named(done, tmp_path):
+    path, out, _ = done
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / PART / "seed1" / "run" / "summary.json").unlink()
+    with pytest.raises(ValueError, match=re.escape(f"{PART}/seed1 was trained, but its run/summary.json")):
+        write_report(load_study(path), tmp_path / "out", command="")
 
 
 def test_fine_tuning_goes_on_from_one_network_with_its_smallest_weights_at_zero(done):

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import cifar
 from utils import HALO, L1, make_penalty, penalized_parameters
 from utils.halo.lambda_sgd import LambdaSGD
 from utils.training.epoch import NonFiniteLossError, evaluate, train_one_epoch
-from utils.training.optimizers import milestones
+from utils.training.optimizers import make_optimizers, milestones
 
 CPU = torch.device("cpu")
 
@@ -112,6 +113,23 @@ def rates(schedule, *, released):
         result.append(list(dict.fromkeys(seen)))
         assert seen.index(seen[80]) == 80 and seen.index(seen[120]) == 120
     return result
+
+
+def test_every_option_reaches_the_optimizer_it_is_of():
+    model, _ = toy()
+    penalty = HALO(penalized_parameters(model), xi=0.01, psi=0.01)
+    of_weights = ["--lr", "0.3", "--momentum", "0.7", "--wd", "0.02", "--gamma", "0.5", "--schedule", "1", "2"]
+    options = ["--halo", *of_weights, "--reg_lr", "0.2", "--reg_wd", "0.003", "--released_lr"]
+    optimizers, schedulers = make_optimizers(model, penalty, cifar.get_parser().parse_args(options))
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in groups] == [(0.3, 0.7, 0.02), (0.2, 0.7, 0.003)]
+    for expected in ([0.3, 0.2], [0.15, 0.05], [0.0375, 0.0125]):
+        assert [scheduler.get_last_lr()[0] for scheduler in schedulers] == pytest.approx(expected)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            scheduler.step()
 
 
 def test_learning_rates_decay_once_a_milestone():

@@ -132,6 +132,11 @@ def warn(text: str) -> None:
         print(_for(sys.stderr, f"note: {text}"), file=sys.stderr, flush=True)
 
 
+def one_line(error: Exception) -> str:
+    """Return the beginning of what an error of torch says, which may be a page, in one line."""
+    return " ".join(str(error).split())[:200]
+
+
 def _for(stream: IO[str], text: str) -> str:
     """Return a text in which what a stream cannot encode, such as a path that is not UTF-8, stands as \\udcff."""
     encoding = getattr(stream, "encoding", None) or "utf-8"

@@ -69,8 +69,10 @@ def regularization_title(row: Mapping) -> str:
     if row["lambda_q0"] == "":
         return title
     low, high = float(row["lambda_q0"]), float(row["lambda_q100"])
-    if row["rank_correlation"] == "":
-        return f"{title}; the one lam is {high:.3g}"
+    if low == high:
+        return f"{title}; lam is {high:.3g} everywhere"
+    if row["rank_correlation"] == "":  # all |w| are the same
+        return title
     if high < 1.01 * low:
         return f"{title}; lam spans less than 1% ({low:.6g} to {high:.6g})"
     return f"{title}; rank correlation of |lam| with |w|: {float(row['rank_correlation']):.2f}"

@@ -160,7 +160,8 @@ class GradientGuard:
             if divisor:
                 raise ValueError(
                     f"the gradients, and with them the penalty, were divided by {divisor:g} after it was added: with a "
-                    "GradScaler call step(scaler=scaler) or add_grad_(scaler=scaler), else divide before adding it"
+                    "GradScaler call step(scaler=scaler) or add_grad_(scaler=scaler), and scaler.unscale_() of all "
+                    "optimizers before it or of none; else divide before adding it"
                 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.halo.native import find_compiler
-from utils.logger import duration, warn
+from utils.logger import duration, one_line, warn
 from utils.training.compiled import use_cache
 
 LIMIT = 150.0  # seconds: once compiling has taken so long, no further batch size is compiled
@@ -40,7 +40,7 @@ class Compiler:
         try:
             compiled(images)
         except Exception as error:  # whatever a compiler raises
-            warn(f"torch.compile failed and is left out: {' '.join(str(error).split())[:200]}")
+            warn(f"torch.compile failed and is left out: {one_line(error)}")
             self.left = 0.0
             return None
         self.left -= time.perf_counter() - start

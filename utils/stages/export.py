@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.halo.fold import fold_batch_norm
+from utils.logger import one_line
 from utils.options import OptionError
 
 PACKAGES = {"onnx": ("onnx", "onnxscript"), "safetensors": ("safetensors",)}  # what each option needs
@@ -46,7 +47,7 @@ def export(model: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedPro
         batch = ({0: torch.export.Dim("batch")},)
         return torch.export.export(fold_batch_norm(model), (images,), dynamic_shapes=batch)
     except (RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ValueError(
             f"torch.export cannot follow {type(model).__name__} ({reason}): write it in torch's own "
             "operations, without branches that depend on the images"
@@ -81,7 +82,7 @@ def onnx_bytes(program: torch.export.ExportedProgram) -> bytes:
         torch.onnx.export(program, (), dynamo=True, verbose=False).save(buffer)
         return buffer.getvalue()
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ValueError(f"torch.onnx cannot write this network ({reason}): leave --onnx out") from error
     finally:
         for logger, level in zip(loggers, before, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def recalibrate_batch_norm(
 ) -> None:
     """Estimate the statistics of every BatchNorm anew, as averages over training images, augmented as in training.
 
+    Every image counts the same, also where the last batch is smaller; the batches are as equal as they can be.
+
     Without the augmentation the black borders of the random crops are missing from the statistics, which costs even
     an unpruned network accuracy (ResNet-20 on CIFAR-10, n = 1: 78.66 -> 73.13%).
 
@@ -53,19 +56,23 @@ def recalibrate_batch_norm(
         device: where the network is.
         arch: its architecture.
         images: how many, chosen at random.
-        batch: batch size.
+        batch: the largest batch size.
         seed: of the choice and the augmentation.
     """
     norms = batch_norms(model)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # average over all batches
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(data.train.labels), generator=generator)[:images]
     model.train()
-    loader = make_loader(data, "train", device, arch=arch, batch_size=batch, generator=generator, only=chosen)
+    equal = math.ceil(len(chosen) / math.ceil(len(chosen) / batch))
+    loader = make_loader(data, "train", device, arch=arch, batch_size=equal, generator=generator, only=chosen)
+    seen = 0
     for inputs, *_ in loader:
+        seen += len(inputs)
+        for norm in norms:
+            norm.momentum = len(inputs) / seen
         model(inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

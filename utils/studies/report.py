@@ -45,24 +45,26 @@ def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float
     result = next((r for r in (report or {"results": []})["results"] if r["asked"] == ratio), None)
     if result is None:
         return None
-    summary = read_summary(folder / "run" / "summary.json")
-    if summary is None:
-        raise ValueError(f"{folder} is measured, but its run/summary.json is gone: bring it back, or remove the folder")
     return {
         "seed": seed,
         "top1": result["after"]["top1"],
         "dense": report["before"]["top1"],
         "compression": result["compression_ratio"],
         "speedup": result["theoretical_speedup"],
-        "seconds": summary["seconds"] + _seconds_before(out, config, seed),
+        "seconds": sum(_seconds(run_folder(out, part, seed)) for part in (config, config.before) if part),
     }
 
 
-def _seconds_before(out: Path, config: Config, seed: int) -> float:
-    """Return how long the training took that a run goes on from."""
-    return (
-        read_summary(run_folder(out, config.before, seed) / "run" / "summary.json")["seconds"] if config.before else 0.0
-    )
+def _seconds(folder: Path) -> float:
+    """Return how long a training took.
+
+    Raises:
+        ValueError: nothing says so.
+    """
+    summary = read_summary(folder / "run" / "summary.json")
+    if summary is None:
+        raise ValueError(f"{folder} was trained, but its run/summary.json is gone: bring it back, or remove the folder")
+    return summary["seconds"]
 
 
 def _row(study: Study, out: Path, method: str, ratio: float, config: Config, runs: list[dict], *, best: float) -> dict:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.halo.native import find_compiler
-from utils.logger import warn
+from utils.logger import one_line, warn
 
 CACHE = Path.home() / ".cache" / "halo" / "inductor"
 
@@ -20,7 +20,7 @@ CACHE = Path.home() / ".cache" / "halo" / "inductor"
 class CompiledNetwork:
     """Runs full batches through torch.compile, others as they are: another size would compile a second time.
 
-    Without a C++ compiler, or where compiling fails, it says so once and runs the network as it is.
+    Without a C++ compiler, or where compiling the forward pass fails, it says so once and runs the network as it is.
 
     Args:
         network: the network, distributed or not.
@@ -48,6 +48,11 @@ class CompiledNetwork:
             warn(f"compiled in {time.perf_counter() - self.started:.0f} s")
         return self.compiled(images)
 
+    @property
+    def in_first_batch(self) -> bool:
+        """Whether the backward pass is still to be compiled, or is being compiled."""
+        return self.compiled is not None and self.batches == 1
+
     def _first(self, images: Tensor) -> Tensor:
         """Compile, on the first batch (its backward pass is compiled when that runs)."""
         warn("compiling the network: up to a minute the first time, a few seconds once it is in the cache")
@@ -55,7 +60,7 @@ class CompiledNetwork:
         try:
             return self.compiled(images)
         except RuntimeError as error:
-            warn(f"--compile failed, the network runs uncompiled: {' '.join(str(error).split())[:200]}")
+            warn(f"--compile failed, the network runs uncompiled: {one_line(error)}")
             self.compiled = None
             return self.network(images)
 

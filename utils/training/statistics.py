@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -66,6 +67,7 @@ def penalty_statistics(penalty: Penalty) -> dict[str, float | str]:
     correlation: float | str = ""
     if lam is not None and len(lam) > 1:
         correlation = rank_correlation(lam, flatten(penalty.penalized).abs())
+        correlation = "" if math.isnan(correlation) else correlation
     return {
         **{f"lambda_q{q}": value for q, value in zip(QUANTILES, lam_quantiles, strict=True)},
         **{f"strength_q{q}": value for q, value in zip(QUANTILES, strengths, strict=True)},

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.command_line import option
+from utils.command_line import OptionError, option
 from utils.distributed import is_lost, is_main, lost, processes, rank
 from utils.files.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.files.lock import LockedError
-from utils.logger import warn
+from utils.logger import one_line, warn
 from utils.run import clear_run, describe, write_json
 from utils.training.epoch import NonFiniteLossError
 from utils.training.state import describe_images, network_state, save_state
@@ -75,6 +75,7 @@ def way_to_go_on(run: Experiment) -> Iterator[None]:
         KeyboardInterrupt: Ctrl-C or a signal to end.
         LockedError: another process has taken the folder over; it is left alone.
         OSError: a file cannot be written; the last one written stays.
+        OptionError: the backward pass cannot be compiled.
         ConnectionError: another process of a distributed run ended.
     """
     try:
@@ -88,9 +89,11 @@ def way_to_go_on(run: Experiment) -> Iterator[None]:
     except OSError as error:
         raise type(error)(f"{error}. {where_to_go_on(run)}") from error
     except RuntimeError as error:
-        if processes() == 1 or not is_lost(error):
+        if processes() > 1 and is_lost(error):
+            raise ConnectionError(f"rank {rank()}: {lost(error)}. {where_to_go_on(run)}") from error
+        if not (run.args.compile and run.forward.in_first_batch):
             raise
-        raise ConnectionError(f"rank {rank()}: {lost(error)}. {where_to_go_on(run)}") from error
+        raise OptionError(f"--compile failed in the backward pass: {one_line(error)}: leave it out") from error
 
 
 def where_to_go_on(run: Experiment) -> str:

@@ -34,8 +34,21 @@ def begin(run: Experiment) -> None:
         if Path(path).name in RUN_FILES and Path(path).resolve().parent == run.folder.resolve():
             raise OptionError(f"{path} lies in --save_dir, whose run would replace it: choose another --save_dir")
     if args.start:
-        load_weights(run.model, load_checkpoint(args.start)["state_dict"], path=args.start)
+        state = load_checkpoint(args.start)
+        load_weights(run.model, state["state_dict"], path=args.start)
+        note_seen_images(run, state)
     run.zeros = make_zeros(run, read_masks(run, args.mask) if args.mask else None)
+
+
+def note_seen_images(run: Experiment, state: dict) -> None:
+    """Say so where a network was trained on images of this data set that are now to be held out."""
+    path, config, wanted = run.args.start, state.get("config"), run.args.val_split
+    if not isinstance(config, dict) or config.get("dataset") != run.args.dataset or not state.get("epoch"):
+        return
+    held_out = config.get("val_split")
+    if isinstance(held_out, int) and held_out < wanted:
+        seen = f"{path} was trained on {wanted - held_out} of the {wanted} held-out images"
+        warn(f"{seen}: accuracy on them says too much" + (f"; --val_split {held_out} is safe" if held_out else ""))
 
 
 def read_masks(run: Experiment, path: str) -> dict[str, Tensor]:
