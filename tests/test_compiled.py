@@ -66,7 +66,14 @@ def test_where_compiling_fails_the_network_runs_as_it_is(monkeypatch, capsys):
     assert notes.count("runs uncompiled: CppCompileError: C++ compile error") == 1
 
 
-def test_where_the_backward_pass_fails_to_compile_it_is_one_line(monkeypatch, tiny, tmp_path, fails):
+@pytest.mark.parametrize(
+    "text, status, said",
+    [
+        ("CppCompileError:\nC++ compile error", 2, "backward pass: CppCompileError: C++ compile error: leave it out"),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", 1, "can't allocate memory"),
+    ],
+)
+def test_where_the_backward_pass_fails_to_compile_it_is_one_line(monkeypatch, tiny, fails, text, status, said):
     class Broken(torch.autograd.Function):
         @staticmethod
         def forward(context, logits):
@@ -74,11 +81,11 @@ def test_where_the_backward_pass_fails_to_compile_it_is_one_line(monkeypatch, ti
 
         @staticmethod
         def backward(context, gradient):
-            raise RuntimeError("CppCompileError:\nC++ compile error")
+            raise RuntimeError(text)
 
     monkeypatch.setattr(torch, "compile", lambda network, **_: lambda images: Broken.apply(network(images)))
-    status, line = fails(*tiny, "--compile")
-    assert status == 2 and "backward pass: CppCompileError: C++ compile error: leave it out" in line
+    ended, line = fails(*tiny, "--compile")
+    assert ended == status and said in line and ("backward pass" in line) == (status == 2)
 
 
 def test_a_cache_that_cannot_be_made_is_no_obstacle(monkeypatch, tmp_path):

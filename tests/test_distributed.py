@@ -117,7 +117,7 @@ def test_dropout_in_several_processes_goes_on_bit_for_bit(images, tmp_path):
 def test_only_a_broken_connection_is_called_one(text, gone, monkeypatch, tmp_path):
     for name, value in environment(1, 2, "1").items():
         monkeypatch.setenv(name, value)
-    run = SimpleNamespace(folder=tmp_path)
+    run = SimpleNamespace(folder=tmp_path, args=SimpleNamespace(compile=False))
     expected = (ConnectionError, "rank 1: another process") if gone else (RuntimeError, "^")
     with pytest.raises(expected[0], match=expected[1]), way_to_go_on(run):
         raise RuntimeError(text)

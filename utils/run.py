@@ -55,7 +55,7 @@ def run_script(
     except KeyboardInterrupt as error:
         parser.exit(143 if isinstance(error, Terminated) else 130, f"\n{parser.prog}: {str(error) or 'interrupted'}\n")
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_lack_of_memory(error):
+        if isinstance(error, RuntimeError) and not is_lack_of_memory(error):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         wrong_options = isinstance(error, OptionError)  # the same in all processes: the first says it
@@ -64,7 +64,7 @@ def run_script(
     sys.exit(0)
 
 
-def _is_lack_of_memory(error: RuntimeError) -> bool:
+def is_lack_of_memory(error: RuntimeError) -> bool:
     """Tell whether torch found too little memory; on the CPU it has no type of its own for that."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 

@@ -15,7 +15,7 @@ from utils.distributed import is_lost, is_main, lost, processes, rank
 from utils.files.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.files.lock import LockedError
 from utils.logger import one_line, warn
-from utils.run import clear_run, describe, write_json
+from utils.run import clear_run, describe, is_lack_of_memory, write_json
 from utils.training.epoch import NonFiniteLossError
 from utils.training.state import describe_images, network_state, save_state
 from utils.training.zeros import describe_zeros
@@ -91,7 +91,7 @@ def way_to_go_on(run: Experiment) -> Iterator[None]:
     except RuntimeError as error:
         if processes() > 1 and is_lost(error):
             raise ConnectionError(f"rank {rank()}: {lost(error)}. {where_to_go_on(run)}") from error
-        if not (run.args.compile and run.forward.in_first_batch):
+        if is_lack_of_memory(error) or not (run.args.compile and run.forward.in_first_batch):
             raise
         raise OptionError(f"--compile failed in the backward pass: {one_line(error)}: leave it out") from error
 
