@@ -58,32 +58,35 @@ class Training:
         amp: str | None = None,
         compiled: bool = False,
         layout: torch.memory_format | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.arch, depth = NETWORKS[name]
         torch.manual_seed(0)
-        self.layout = layout or memory_format(self.arch, CPU)
-        self.model = build_model(self.arch, 10, depth).to(memory_format=self.layout)
+        self.device, self.layout = device, layout or memory_format(self.arch, device)
+        self.model = build_model(self.arch, 10, depth).to(device, memory_format=self.layout)
         params = penalized_parameters(self.model, linear=ARCHS[self.arch].linear)
         self.penalty = HALO(params, **COEFFICIENTS) if halo else Penalty(params)
         self.optimizer = SGD(self.model.parameters(), **SGD_FACTORS, fused=True)
         self.lam_optimizers = []
         if halo:
-            self.lam_optimizers = [FusedHALO(self.penalty, weights=self.optimizer, **SGD_FACTORS)]
-        self.precision = Precision(CPU, amp)
+            options = {"weights": self.optimizer, "compiled": compiled and device != CPU}
+            self.lam_optimizers = [FusedHALO(self.penalty, **options, **SGD_FACTORS)]
+        self.precision = Precision(device, amp)
         self.forward = CompiledNetwork(self.model, batch_size=BATCH[self.arch]) if compiled else self.model
 
     def epoch(self, loader: Loader) -> None:
         """Train on all batches."""
         parts = (self.penalty, self.optimizer, *self.lam_optimizers)
-        train_one_epoch(self.model, loader, *parts, device=CPU, forward=self.forward, precision=self.precision)
+        train_one_epoch(self.model, loader, *parts, device=self.device, forward=self.forward, precision=self.precision)
 
 
 def step_of(
     training: Training, step_penalty: Callable[[], None] | None, zeros: FixedZeros | None = None
 ) -> Callable[[], None]:
     """Return a function that trains on one batch, always the same, and may hold weights at zero."""
-    images = torch.randn(BATCH[training.arch], *ARCHS[training.arch].shape).to(memory_format=training.layout)
-    labels = torch.randint(10, (len(images),))
+    images = torch.randn(BATCH[training.arch], *ARCHS[training.arch].shape)
+    images = images.to(training.device, memory_format=training.layout)
+    labels = torch.randint(10, (len(images),), device=training.device)
     training.model.train()
 
     def step() -> None:

@@ -18,9 +18,9 @@ from torch.amp import GradScaler
 from torch.optim import SGD, Optimizer
 
 from .compiled_step import CompiledStep, Factors, factors_of
-from .floor import inverse_of
+from .floor import LAMBDA_FLOOR
 from .guard import require_beside, require_current
-from .memory import CHUNK, aligned, aligned_gradient, is_dense, pieces
+from .memory import CHUNK, aligned, aligned_gradient, is_dense, pieces_together
 from .native import load_native
 from .penalties import HALO, Penalty
 
@@ -93,7 +93,8 @@ class LambdaSGD(SGD):
 class FusedHALO(LambdaSGD):
     """`LambdaSGD` for HALO in one pass over memory, without a gradient of lam.
 
-    fp32 on CPU runs halo_step.cpp, anything else `halo_step_` on pieces that stay in cache; benchmarks/ compares them.
+    fp32 on CPU runs halo_step.cpp, anything else `halo_step_` on pieces that stay in cache, or on an accelerator on as
+    many tensors at once as make few large operations; benchmarks/ compares them.
     The state is that of `LambdaSGD`, so each continues the checkpoint of the other.
 
     Args:
@@ -146,9 +147,8 @@ class FusedHALO(LambdaSGD):
                 self._kernel = load_kernel()
             except OSError as error:
                 self.slow_because = str(error)
-        self._halo_step_ = torch.compile(halo_step_, dynamic=True) if self._compiled else halo_step_
-        # A compiled function takes a tensor whole, as an accelerator does best with few large operations.
-        self._chunk = CHUNK if not self._compiled and tensors[0].device.type == "cpu" else 16 * CHUNK
+        self._halo_step_ = torch.compile(halo_step_) if self._compiled else halo_step_
+        self._chunk = CHUNK if tensors[0].device.type == "cpu" else 16 * CHUNK
         if weights is not None:
             weights.register_step_pre_hook(self._before_weights)
 
@@ -229,9 +229,12 @@ class FusedHALO(LambdaSGD):
 
     def _run_pieces(self, sets: list[tuple[Tensor, ...]]) -> None:
         factors = {"xi": self.penalty.xi, "psi": self.penalty.psi} | factors_of(self)
-        for tensors in sets:
-            for piece in pieces(*tensors, size=self._chunk):
-                self._halo_step_(*piece, **factors)
+        lr = factors.pop("lr")
+        # Compiled, it has no intermediate results: all tensors go through one call.
+        for part in [zip(*sets, strict=True)] if self._compiled else pieces_together(sets, size=self._chunk):
+            w, grad, lam, velocity = map(list, part)
+            self._halo_step_(w, grad, lam, velocity, **factors)
+            torch._foreach_add_(lam, velocity, alpha=-lr)  # not compiled, which would be done anew for every lr
 
 
 def require_plain_sgd(weights: Optimizer, penalty: HALO) -> None:
@@ -269,24 +272,36 @@ def velocity_of(optimizer: SGD, parameter: Tensor) -> Tensor:
 
 
 def halo_step_(
-    w: Tensor,
-    grad: Tensor,
-    lam: Tensor,
-    velocity: Tensor,
+    w: list[Tensor],
+    grad: list[Tensor],
+    lam: list[Tensor],
+    velocity: list[Tensor],
     *,
     xi: float,
     psi: float,
-    lr: float,
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """Change grad, lam and velocity in place as `LambdaSGD` does with `HALO.add_grad_`; all of one shape."""
-    inverse = inverse_of(lam)
-    strength = inverse.square().mul_(xi)
-    grad.add_(w.sign().mul_(strength))
-    slope = strength.mul_(inverse).mul_(w.abs()).mul_(-2).add_(lam.sign(), alpha=psi)
-    velocity.mul_(momentum).add_(slope.add_(lam, alpha=weight_decay))
-    lam.add_(velocity, alpha=-lr)
+    """Change grad and velocity in place as `LambdaSGD` does with `HALO.add_grad_`; lam then goes by -lr * velocity.
+
+    Lists of tensors, the k-th of each of one shape: an accelerator runs an operation on a whole list as one.
+    """
+    inverse = torch._foreach_reciprocal(lam)
+    torch._foreach_clamp_max_(inverse, 1 / LAMBDA_FLOOR)
+    torch._foreach_clamp_min_(inverse, -1 / LAMBDA_FLOOR)
+    strength = torch._foreach_mul(inverse, inverse)
+    torch._foreach_mul_(strength, xi)
+    pull = torch._foreach_sign(w)
+    torch._foreach_mul_(pull, strength)
+    torch._foreach_add_(grad, pull)
+    slope = strength  # becomes -2 xi |w| / lam^3 + psi sign(lam) + weight_decay lam
+    torch._foreach_mul_(slope, inverse)
+    torch._foreach_mul_(slope, torch._foreach_abs(w))
+    torch._foreach_mul_(slope, -2)
+    torch._foreach_add_(slope, torch._foreach_sign(lam), alpha=psi)
+    torch._foreach_add_(slope, lam, alpha=weight_decay)
+    torch._foreach_mul_(velocity, momentum)
+    torch._foreach_add_(velocity, slope)
 
 
 @cache

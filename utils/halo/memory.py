@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -31,6 +31,27 @@ def pieces(*tensors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, 
         return
     flat = [t.as_strided((total,), (1,)) for t in tensors]
     yield from zip(*(t.split(size) for t in flat), strict=True)
+
+
+def pieces_together(sets: Iterable[tuple[Tensor, ...]], *, size: int) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Cut sets of tensors of one shape each into pieces, and join small ones to parts of at most `size` elements.
+
+    Args:
+        sets: of each, tensors that go together, as `pieces` takes them.
+        size: elements of a part; one that cannot be cut is a part of its own.
+
+    Yields:
+        For each position in a set, the pieces of a part.
+    """
+    part, count = [], 0
+    for piece in (piece for tensors in sets for piece in pieces(*tensors, size=size)):
+        if part and count + piece[0].numel() > size:
+            yield [*zip(*part, strict=True)]
+            part, count = [], 0
+        part.append(piece)
+        count += piece[0].numel()
+    if part:
+        yield [*zip(*part, strict=True)]
 
 
 def aligned(tensor: Tensor, like: Tensor) -> Tensor:

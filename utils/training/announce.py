@@ -47,15 +47,14 @@ def compute_line(args: argparse.Namespace, penalty: Penalty, device: torch.devic
 
 
 def kernel(penalty: Penalty, device: torch.device) -> str:
-    """Say whether the step of HALO has its compiled kernel; nothing where there is no such step."""
-    if not isinstance(penalty, HALO):
+    """Say whether the step of HALO has its compiled kernel; nothing where there is no such step, or none on a CPU."""
+    if not isinstance(penalty, HALO) or device.type != "cpu":
         return ""
     try:
-        if device.type == "cpu" and load_kernel():
-            return ", HALO's kernel"
-    except OSError:
-        pass  # the optimizer will say why
-    return ", HALO without its kernel"
+        load_kernel()
+    except OSError:  # the optimizer will say why
+        return ", HALO without its kernel"
+    return ", HALO's kernel"
 
 
 def script_path(name: str) -> str:

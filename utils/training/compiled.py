@@ -21,6 +21,8 @@ class CompiledNetwork:
     """Runs full batches through torch.compile, others as they are: another size would compile a second time.
 
     Without a C++ compiler, or where compiling the forward pass fails, it says so once and runs the network as it is.
+    On CUDA the passes are recorded as CUDA graphs ("reduce-overhead"): the host needs longer to start the kernels of a
+    small network one by one than the GPU needs to run them.
 
     Args:
         network: the network, distributed or not.
@@ -35,7 +37,8 @@ class CompiledNetwork:
             warn("--compile needs a C++ compiler (g++, or that of the variable CXX): the network runs uncompiled")
             return
         use_cache()
-        self.compiled = torch.compile(network, dynamic=False)
+        on_cuda = next(network.parameters()).device.type == "cuda"
+        self.compiled = torch.compile(network, dynamic=False, mode="reduce-overhead" if on_cuda else "default")
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits of a batch."""
