@@ -1,4 +1,4 @@
-"""Measure on a GPU what a training step takes: by layout, precision and --compile, and with HALO against no penalty.
+"""Measure on a GPU what a training step takes: with HALO and without, recorded or not, compiled or not.
 
     python benchmarks/gpu.py                                  # VGG-16, ResNet-50 and ResNet-20
     python benchmarks/gpu.py --network "ResNet-50 (6n+2)"     # one of them
@@ -11,18 +11,21 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import Tensor
 
 from benchmarks.report import markdown
 from benchmarks.run import LAYOUTS, NETWORKS, SGD_FACTORS, Training, step_of
 from benchmarks.timing import interleave, rows
-from utils.halo.lambda_sgd import FusedHALO, LambdaSGD
+from utils.halo.lambda_sgd import LambdaSGD
 from utils.options import OptionError
 from utils.run import choose_device, describe, run_script, write_json
+from utils.training.recorded import RecordedStep
 
 STEPS = 20  # between two waits for the GPU
 REPEATS = 5
@@ -42,27 +45,56 @@ def timed(functions: dict[str, Callable[[], None]], *, reference: str, faster: b
     return rows(each, reference=reference, faster=faster)
 
 
-def layouts(name: str, device: torch.device, *, compiled: bool) -> list[dict]:
-    """Compare layouts and precisions without a penalty; compiled, which takes a minute for each, layouts in bf16."""
+def recorded(training: Training, step: Callable[[], None]) -> Callable[[], None]:
+    """Return a step that runs from a recording, as in training."""
+    batch = torch.zeros(1, device=training.device), torch.zeros(1, device=training.device)
+    recording = RecordedStep([training.optimizer, *training.lam_optimizers], training.penalty, batch_size=1)
+
+    def take(*inputs: Tensor) -> tuple[Tensor, ...]:
+        step()
+        return inputs
+
+    return lambda: recording.run(take, *batch)
+
+
+def layouts(name: str, device: torch.device) -> list[dict]:
+    """Compare layouts and precisions without a penalty, recorded."""
     functions = {}
-    for amp in ("bf16",) if compiled else (None, "bf16"):
+    for amp in (None, "bf16"):
         for label, layout in LAYOUTS.items():
-            training = Training(name, halo=False, amp=amp, compiled=compiled, layout=layout, device=device)
-            functions[f"{label}, {amp or 'fp32'}"] = step_of(training, None)
-    return timed(functions, reference=next(iter(functions)), faster=True)
+            training = Training(name, halo=False, amp=amp, layout=layout, device=device)
+            functions[f"{label}, {amp or 'fp32'}"] = recorded(training, step_of(training, None))
+    return timed(functions, reference="contiguous, fp32", faster=True)
 
 
-def penalties(name: str, device: torch.device, *, compiled: bool) -> list[dict]:
+def penalties(name: str, device: torch.device, *, record: bool, compiled: bool) -> list[dict]:
     """Compare the forms of the step of HALO with no penalty, in bf16."""
-    training = Training(name, amp="bf16", compiled=compiled, device=device)
-    (default,) = training.lam_optimizers
-    functions = {
-        "no penalty": step_of(training, None),
-        "HALO, default": step_of(training, default.step),
-        "HALO, beside the step of the weights": step_of(training, FusedHALO(training.penalty, **SGD_FACTORS).step),
-        "HALO, add_grad_() and SGD": step_of(training, LambdaSGD(training.penalty, **SGD_FACTORS).step),
-    }
+    functions = {}
+    for label in ("no penalty", "HALO", "HALO, add_grad_() and SGD"):
+        training = Training(
+            name, halo=label != "no penalty", amp="bf16", compiled=compiled, recorded=record, device=device
+        )
+        (lam_optimizer,) = training.lam_optimizers or [None]
+        if label == "HALO, add_grad_() and SGD":
+            lam_optimizer = LambdaSGD(training.penalty, **SGD_FACTORS)
+        step = step_of(training, lam_optimizer and lam_optimizer.step)
+        functions[label] = recorded(training, step) if record else step
     return timed(functions, reference="no penalty", faster=False)
+
+
+def comparisons(name: str, device: torch.device, *, compile_too: bool) -> dict[str, Callable[[], list[dict]]]:
+    """Return what is measured of a network, by the title of its table."""
+    modes = {
+        "kernel by kernel": {"record": False, "compiled": False},
+        "recorded": {"record": True, "compiled": False},
+        "kernel by kernel, --compile": {"record": False, "compiled": True},
+        "recorded, --compile": {"record": True, "compiled": True},
+    }
+    tables = {f"Step without penalty, {name}, recorded": partial(layouts, name, device)}
+    for mode, options in modes.items():
+        if compile_too or not options["compiled"]:
+            tables[f"Step in bf16, {name}, {mode}"] = partial(penalties, name, device, **options)
+    return tables
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -89,12 +121,10 @@ def main(args: argparse.Namespace) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     results = {"machine": describe(args, device), "gpu": torch.cuda.get_device_name(device), "tables": {}}
     for name in args.network:
-        for compiled in (False,) if args.no_compile else (False, True):
-            for title, measure in (("Step without penalty", layouts), ("Step", penalties)):
-                title = f"{title}, {name}" + (", --compile" if compiled else "")
-                results["tables"][title] = measure(name, device, compiled=compiled)
-                print(markdown(title, results["tables"][title]), flush=True)
-                write_json(folder / "results.json", results)
+        for title, measure in comparisons(name, device, compile_too=not args.no_compile).items():
+            results["tables"][title] = measure()
+            print(markdown(title, results["tables"][title]), flush=True)
+            write_json(folder / "results.json", results)
     print(json.dumps(results["machine"]), flush=True)
     return results
 

@@ -57,6 +57,7 @@ class Training:
         halo: bool = True,
         amp: str | None = None,
         compiled: bool = False,
+        recorded: bool = False,
         layout: torch.memory_format | None = None,
         device: torch.device = CPU,
     ) -> None:
@@ -72,7 +73,9 @@ class Training:
             options = {"weights": self.optimizer, "compiled": compiled and device != CPU}
             self.lam_optimizers = [FusedHALO(self.penalty, **options, **SGD_FACTORS)]
         self.precision = Precision(device, amp)
-        self.forward = CompiledNetwork(self.model, batch_size=BATCH[self.arch]) if compiled else self.model
+        self.forward = self.model
+        if compiled:
+            self.forward = CompiledNetwork(self.model, batch_size=BATCH[self.arch], recorded=recorded)
 
     def epoch(self, loader: Loader) -> None:
         """Train on all batches."""

@@ -12,12 +12,14 @@ from utils.files.checkpoint import load_checkpoint
 from utils.halo.lambda_sgd import FusedHALO, LambdaSGD
 from utils.halo.parameters import penalized_parameters
 from utils.halo.penalties import HALO as Halo
+from utils.training import experiment
 from utils.training.augment import Loader
 from utils.training.compiled import CompiledNetwork
 from utils.training.dataset import Dataset, Split
 from utils.training.epoch import update_
 from utils.training.meters import Metrics
 from utils.training.precision import Precision
+from utils.training.recorded import RecordedStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -84,7 +86,7 @@ def test_pruning_says_the_same_on_cuda_and_on_a_cpu(tmp_path):
         results.append(cifar_prune_iterative.main(parser.parse_args([str(option) for option in options]))["results"])
         assert (tmp_path / device / "pruned_0.9.pth.tar").exists()
     for one, other in zip(*results, strict=True):
-        assert one["asked"] == other["asked"] and abs(one["top1"] - other["top1"]) < 1
+        assert one["asked"] == other["asked"] and abs(one["after"]["top1"] - other["after"]["top1"]) < 1
 
 
 def test_the_compiled_network_has_the_gradients_of_the_plain_one(monkeypatch):
@@ -134,3 +136,32 @@ def test_the_host_never_waits_within_a_step(amp):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert metrics.count == 64 and not any(torch.equal(w, before[name]) for name, w in penalty.penalized.items())
+
+
+@pytest.mark.parametrize("penalty", [HALO, ["--l1", "--xi", "1e-4"], []])
+@pytest.mark.parametrize("extra", [[], ["--amp"]])
+def test_recorded_steps_are_the_plain_ones_bit_for_bit(tmp_path, monkeypatch, penalty, extra):
+    made = []
+
+    def record(*args, **options):
+        made.append(RecordedStep(*args, **options))
+        return made[-1]
+
+    options = ["-d", "digits", "-a", "resnet", "--depth", "8", *penalty, *extra, "--device", "cuda"]
+    options += ["--epochs", 3, "--schedule", 2]
+    monkeypatch.setattr(experiment, "RecordedStep", record)
+    train(*options, "--save_dir", tmp_path / "recorded")
+    assert made[0].works and made[0].recordings == 2  # anew when the learning rate falls
+    monkeypatch.setattr(experiment, "can_record", lambda *_: False)
+    train(*options, "--save_dir", tmp_path / "plain")
+    assert_equal_runs(tmp_path / "plain", tmp_path / "recorded")
+
+
+def test_a_mask_holds_in_recorded_steps(tmp_path):
+    train(*DIGITS, "--epochs", 2, "--gmp", "0.9", "--gmp_epochs", "0", "1", "--save_dir", tmp_path / "first")
+    first = tmp_path / "first" / "final.pth.tar"
+    train(*DIGITS, "--epochs", 2, "--start", first, "--mask", first, "--save_dir", tmp_path / "second")
+    before, after = (load_checkpoint(path)["state_dict"] for path in (first, tmp_path / "second" / "final.pth.tar"))
+    prunable = [name for name, value in after.items() if value.dim() == 4]
+    assert all(torch.equal(before[name] == 0, after[name] == 0) for name in prunable)
+    assert not any(torch.equal(before[name], after[name]) for name in prunable)

@@ -15,6 +15,7 @@ from utils.halo.penalties import Penalty
 from utils.training.dataset import Batch
 from utils.training.meters import Metrics
 from utils.training.precision import Precision
+from utils.training.recorded import RecordedStep
 
 # Reading a loss makes the host wait for an accelerator, so there only every CHECK_EVERY-th batch is looked at.
 CHECK_EVERY = 50
@@ -35,6 +36,7 @@ def train_one_epoch(
     forward: Callable[[Tensor], Tensor] | None = None,
     precision: Precision | None = None,
     zeros: FixedZeros | None = None,
+    recorded: RecordedStep | None = None,
     on_batch: Callable[[int, Metrics], None] | None = None,
 ) -> dict[str, float]:
     """Train for one pass over the batches: cross-entropy by autograd, the penalty's gradient in closed form.
@@ -49,6 +51,7 @@ def train_one_epoch(
         forward: runs the network, compiled or distributed; None for the network itself.
         precision: of the forward and backward pass; None for fp32.
         zeros: holds weights at zero; None for none.
+        recorded: records the steps as a CUDA graph; None to take each of them. Not where `zeros` change their mask.
         on_batch: called with the number of batches done and the metrics so far, where the host waits anyway.
 
     Returns:
@@ -63,22 +66,27 @@ def train_one_epoch(
     metrics, losses = Metrics(device), []
     before = smallest_lambda(penalty)
     stride = 1 if device.type == "cpu" else CHECK_EVERY
-    for index, batch in enumerate(batches, start=1):
-        images, labels, weight = Batch(*batch)
+
+    def step(images: Tensor, labels: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         with precision.autocast():
             logits = forward(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, labels)
-        losses.append(loss.detach())
+        precision.backward(loss if weight == 1 else loss * weight, optimizer)
+        update_(optimizer, step_penalty, precision, zeros)
+        return loss.detach(), logits.detach()
+
+    for index, batch in enumerate(batches, start=1):
+        images, labels, weight = Batch(*batch)
+        loss, logits = recorded.run(step, images, labels) if recorded else step(images, labels, weight)
+        losses.append(loss.clone() if recorded else loss)
+        if weight:
+            metrics.add(loss, logits, labels)
         if index % stride == 0:
             check_finite(losses, index, penalty, before)
             losses.clear()
             if on_batch:
                 on_batch(index, metrics)
-        precision.backward(loss if weight == 1 else loss * weight, optimizer)
-        update_(optimizer, step_penalty, precision, zeros)
-        if weight:
-            metrics.add(loss, logits, labels)
     if losses:
         check_finite(losses, index, penalty, before)
     check_state(model, index, penalty, before)

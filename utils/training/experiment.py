@@ -30,6 +30,7 @@ from utils.training.dataset import Dataset
 from utils.training.optimizers import make_optimizers
 from utils.training.outputs import write_outputs
 from utils.training.precision import Precision
+from utils.training.recorded import RecordedStep, can_record
 from utils.training.row import run_epoch, seconds_an_epoch
 from utils.training.state import load_state, save_state
 from utils.training.stops import begin_folder, way_to_go_on
@@ -70,9 +71,13 @@ class Experiment:
         self.held_out_loader = loader(self.held_out, batch_size=args.test_batch)
         self.precision = Precision(device, args.amp)
         self.forward = replicate(model, device)
-        if args.compile:
-            self.forward = CompiledNetwork(self.forward, batch_size=len(range(rank(), args.train_batch, processes())))
         self.optimizers, self.schedulers = make_optimizers(model, penalty, args)
+        batch_size = len(range(rank(), args.train_batch, processes()))
+        self.recorded: RecordedStep | None = None
+        if can_record(args, device):
+            self.recorded = RecordedStep(self.optimizers, penalty, batch_size=batch_size)
+        if args.compile:
+            self.forward = CompiledNetwork(self.forward, batch_size=batch_size, recorded=bool(self.recorded))
         self.zeros: FixedZeros | None = None  # set by begin() or load_state()
         self.lock: Lock | None = None  # of the folder, set by train()
 

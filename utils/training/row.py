@@ -59,6 +59,7 @@ def run_epoch(run: Experiment) -> dict:
             forward=run.forward,
             precision=run.precision,
             zeros=run.zeros,
+            recorded=run.recorded,
             on_batch=show,
         )
     finally:
