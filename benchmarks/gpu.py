@@ -87,7 +87,6 @@ def comparisons(name: str, device: torch.device, *, compile_too: bool) -> dict[s
     modes = {
         "kernel by kernel": {"record": False, "compiled": False},
         "recorded": {"record": True, "compiled": False},
-        "kernel by kernel, --compile": {"record": False, "compiled": True},
         "recorded, --compile": {"record": True, "compiled": True},
     }
     tables = {f"Step without penalty, {name}, recorded": partial(layouts, name, device)}

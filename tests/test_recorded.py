@@ -11,11 +11,17 @@ from models import build_model
 from utils.halo.lambda_sgd import FusedHALO
 from utils.halo.parameters import penalized_parameters
 from utils.halo.penalties import HALO as Halo
-from utils.training import experiment
+from utils.training import experiment, recorded
 from utils.training.epoch import train_one_epoch
-from utils.training.recorded import PLAIN_STEPS, RecordedStep, can_record
+from utils.training.recorded import RecordedStep, can_record
 
 CPU = torch.device("cpu")
+PLAIN_STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def few_plain_steps(monkeypatch):
+    monkeypatch.setattr(recorded, "PLAIN_STEPS", PLAIN_STEPS)
 
 
 def pretend(function):
@@ -43,15 +49,15 @@ def test_training_is_the_same_recorded_and_recorded_anew_where_a_factor_changes(
     results = []
     for record in (False, True):
         model, penalty, optimizers = setup()
-        recorded = RecordedStep(optimizers, penalty, batch_size=8, record=pretend) if record else None
+        steps = RecordedStep(optimizers, penalty, batch_size=8, record=pretend) if record else None
         rows = []
         for epoch, data in enumerate(epochs):
-            rows.append(train_one_epoch(model, data, penalty, *optimizers, device=CPU, recorded=recorded))
+            rows.append(train_one_epoch(model, data, penalty, *optimizers, device=CPU, recorded=steps))
             if epoch == 1:
                 optimizers[0].param_groups[0]["lr"] *= 0.1
         results.append((rows, model.state_dict(), penalty.lambdas))
     (plain, weights, lams), (replayed, same_weights, same_lams) = results
-    assert plain == replayed and recorded.recordings == 2  # not a third time for the second epoch
+    assert plain == replayed and steps.recordings == 2  # not a third time for the second epoch
     assert all(torch.equal(value, same_weights[name]) for name, value in weights.items())
     assert all(torch.equal(value, same_lams[name]) for name, value in lams.items())
 
@@ -59,7 +65,7 @@ def test_training_is_the_same_recorded_and_recorded_anew_where_a_factor_changes(
 @pytest.mark.parametrize("what", ["reg_lr", "xi"])
 def test_a_number_that_never_rests_is_never_recorded(what):
     model, penalty, optimizers = setup()
-    recorded = RecordedStep(optimizers, penalty, batch_size=8, record=pretend)
+    steps = RecordedStep(optimizers, penalty, batch_size=8, record=pretend)
     seen = []
 
     def step(images, labels):
@@ -71,8 +77,8 @@ def test_a_number_that_never_rests_is_never_recorded(what):
             penalty.xi = 1e-3 * (index + 1)
         else:
             optimizers[1].param_groups[0]["lr"] = 0.1 / (index + 1)
-        recorded.run(step, *batches([8])[0])
-    assert recorded.recordings == 0 and len(set(seen)) == len(seen) == 2 * PLAIN_STEPS + 2
+        steps.run(step, *batches([8])[0])
+    assert steps.recordings == 0 and len(set(seen)) == len(seen) == 2 * PLAIN_STEPS + 2
 
 
 def test_where_recording_fails_it_says_so_once_and_goes_on_without(capsys):
@@ -81,7 +87,7 @@ def test_where_recording_fails_it_says_so_once_and_goes_on_without(capsys):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
     model, penalty, optimizers = setup()
-    recorded = RecordedStep(optimizers, penalty, batch_size=8, record=fail)
+    steps = RecordedStep(optimizers, penalty, batch_size=8, record=fail)
     taken = []
 
     def step(images, labels):
@@ -89,8 +95,8 @@ def test_where_recording_fails_it_says_so_once_and_goes_on_without(capsys):
         return images, labels
 
     for images, labels in batches([8] * (PLAIN_STEPS + 3)):
-        assert recorded.run(step, images, labels)[0] is images
-    assert len(taken) == PLAIN_STEPS + 4 and recorded.recordings == 0
+        assert steps.run(step, images, labels)[0] is images
+    assert len(taken) == PLAIN_STEPS + 4 and steps.recordings == 0
     notes = capsys.readouterr().err
     assert notes.count("could not be recorded") == 1 and "not permitted when stream is capturing" in notes
 
@@ -104,15 +110,15 @@ def test_what_failed_leaves_no_gradient_behind():
 
     def step(images, labels):
         assert next(model.parameters()).grad is None
-        if recorded.works:
+        if steps.works:
             next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
         return images, labels
 
-    recorded = RecordedStep(optimizers, penalty, batch_size=8, record=fail)
+    steps = RecordedStep(optimizers, penalty, batch_size=8, record=fail)
     for images, labels in batches([8] * (PLAIN_STEPS + 2)):
-        recorded.run(step, images, labels)
+        steps.run(step, images, labels)
         optimizers[0].zero_grad()
-    assert not recorded.works
+    assert not steps.works
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 
 from models import ARCHS
 from utils.distributed import processes
+from utils.halo.guard import WATCHED_STEPS
 from utils.halo.penalties import Penalty
 from utils.logger import one_line, warn
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-PLAIN_STEPS = 3  # before recording: they make momenta, compile what is to be compiled, and choose algorithms
+# Before recording: they make the momenta, compile what is to be compiled, and a penalty's guard has the host wait.
+PLAIN_STEPS = WATCHED_STEPS + 1
 
 
 def can_record(args: argparse.Namespace, device: torch.device) -> bool:
