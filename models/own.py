@@ -79,7 +79,8 @@ def _output_of(model: nn.Module, shape: tuple[int, int, int]) -> object:
     training = model.training
     try:
         with torch.no_grad():  # inference_mode would make what the network keeps useless for training
-            output = model.eval()(torch.zeros(2, *shape))
+            device = next((p.device for p in model.parameters()), None)
+            output = model.eval()(torch.zeros(2, *shape, device=device))
         return output if isinstance(output, Tensor) else type(output).__name__
     except Exception as error:  # whatever the user's network raises
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -308,7 +308,7 @@ def test_a_terminal_sees_a_bar_and_a_pipe_does_not(tiny, tmp_path):
     import pty
 
     terminal, inside = pty.openpty()
-    process = start(*tiny, "--epochs", "1", "--train_batch", "2", stderr=inside)
+    process = start(*tiny, "--device", "cpu", "--epochs", "1", "--train_batch", "2", stderr=inside)
     output, _ = process.communicate(timeout=60)
     os.close(inside)
     shown = os.read(terminal, 100_000).decode()

@@ -25,6 +25,7 @@ from utils.training.dataset import Dataset, Split
 from utils.training.stops import way_to_go_on
 
 LENET = ["-d", "digits", "-a", "lenet_300_100", "--halo", "--xi", "1e-4", "--psi", "1e-4", "--lr", "0.05"]
+LENET += ["--device", "cpu"]
 LENET += ["--schedule", "1", "--train_batch", "64"]  # 1437 images: the last batch has 29, which two cannot halve
 
 
@@ -93,6 +94,7 @@ def test_dropout_in_several_processes_goes_on_bit_for_bit(images, tmp_path):
     """Their shares of the last batch differ, so that each has drawn another number of masks."""
     (tmp_path / "dropout.py").write_text(DROPOUT)
     options = ["-d", "folder", "--data", images, "-a", "dropout:net", "--schedule", "--train_batch", 11, "--lr", 0.01]
+    options += ["--device", "cpu"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     resume = ["--resume", stopped / "checkpoint.pth.tar"]
     run_together(*options, "--epochs", 2, "--save_dir", straight, script="cifar.py", cwd=tmp_path)
@@ -142,7 +144,7 @@ def kill_one(job, victim):
 def test_a_killed_rank_ends_the_job_with_a_way_to_go_on(tiny, tmp_path):
     """With BatchNorm and augmentation, through torchrun itself; rank 0, which alone writes, is the worse to lose."""
     folder = tmp_path / "run"
-    script = [*tiny, "--halo", "--epochs", "1000"]
+    script = [*tiny, "--halo", "--epochs", "1000", "--device", "cpu"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "cifar.py"), *script]
     job = subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
@@ -229,3 +231,15 @@ def test_what_cannot_be_shared_is_refused(fails_in, monkeypatch, tmp_path):
     for script, options in ((cifar_prune_iterative, []), (mnist.mnist, ["--percent", "0.5", "--resume", "x"])):
         status, line = fails_in(script, *options)
         assert status == 2 and "torchrun" in line
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize("set_by_torchrun", [{"LOCAL_RANK": "1"}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}])
+def test_more_processes_than_gpus_is_one_line_in_each(monkeypatch, fails, tiny, device, set_by_torchrun):
+    """In each: else one would wait for the others, which ended."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in set_by_torchrun.items():
+        monkeypatch.setenv(name, value)
+    status, line = fails(*tiny, "--device", device)
+    assert status == 2 and "2 processes need a GPU each, and here are 1: start 1, or give --device cpu" in line

@@ -167,10 +167,12 @@ def test_the_best_epoch_is_one_with_the_final_mask(tmp_path):
 def test_two_processes_hold_the_same_zeros_as_one(tmp_path):
     """A run with --gmp, then one with --mask; both in the same two processes, which start slowly."""
     options = ["--gmp", 0.9, "--gmp_epochs", 0.5, 2, "--epochs", 2, "--train_batch", 16, "--halo", "--lr", 0.01]
+    options += ["--device", "cpu"]
     lenet(*options, "--save_dir", tmp_path / "one")
     file = tmp_path / "one" / "final.pth.tar"
     gradual = [*LENET, *map(str, options), "--save_dir", str(tmp_path / "two")]
     fixed = [*LENET, "--halo", "--mask", str(file), "--epochs", "1", "--save_dir", str(tmp_path / "fixed")]
+    fixed += ["--device", "cpu"]
     script = tmp_path / "both.py"
     script.write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom mnist import mnist\n"

@@ -65,6 +65,43 @@ def test_torch_compile_makes_the_step_that_is_asked_for(monkeypatch):
         assert bool(made) == compiled
 
 
+def test_where_compiling_fails_the_step_goes_on_without_and_says_so(monkeypatch):
+    def broken(step, **options):
+        def run(*args, **factors):
+            raise RuntimeError("CppCompileError: no\nmore")
+
+        return run
+
+    monkeypatch.setattr(lambda_sgd, "load_kernel", no_kernel)
+    monkeypatch.setattr(torch, "compile", broken)
+    pair = []
+    for compiled in (False, True):
+        params = random_params(torch.float32)
+        optimizer = FusedHALO(halo(params), **FACTORS, compiled=compiled)
+        if compiled:
+            with pytest.warns(UserWarning, match="could not be compiled, and takes longer: CppCompileError: no$"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        optimizer.step()
+        pair.append([*(p.grad for p in params.values()), *optimizer.penalty.lambdas.values()])
+    assert all(torch.equal(one, other) for one, other in zip(*pair, strict=True))
+
+
+def test_small_tensors_go_together_and_large_ones_in_pieces():
+    sizes = [3, 4, 2, 25, 1, 9, 30]
+    sets = [(torch.full((n,), float(i)), torch.arange(n)) for i, n in enumerate(sizes)]
+    parts = [*memory.pieces_together(sets, size=10)]
+    assert [[len(t) for t in firsts] for firsts, _ in parts] == [[3, 4, 2], [10], [10], [5, 1], [9], [10], [10], [10]]
+    for position in (0, 1):
+        walked = torch.cat([t for part in parts for t in part[position]])
+        assert torch.equal(walked, torch.cat([tensors[position] for tensors in sets]))
+    parts[0][0][1].zero_()
+    assert not sets[1][0].any()  # they are the tensors themselves
+    odd = torch.zeros(4, 6).t()[::2]
+    assert [len(part[0]) for part in memory.pieces_together([(odd,), (torch.zeros(2),)], size=5)] == [1, 1]
+
+
 @pytest.mark.usefixtures("threads")
 def test_one_step_equals_the_readable_one(form):
     """Both signs of lam, a weight of 0, channels_last, and a gradient in another layout than its weight."""
@@ -308,7 +345,7 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, compiler, c
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv("PATH", str(tmp_path))
     load_kernel.cache_clear()
-    train(*tiny, "--halo", *([] if compiler == "false" else ["--compile"]))
+    train(*tiny, "--halo", "--device", "cpu", *([] if compiler == "false" else ["--compile"]))
     load_kernel.cache_clear()
     notes = [line for line in capsys.readouterr().err.splitlines() if "compile" in line]
     assert sum("HALO's step" in line for line in notes) == 1

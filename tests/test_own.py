@@ -77,7 +77,7 @@ class Keeps(Small):
 
     def forward(self, x):
         if self.window is None:
-            self.window = torch.ones(x.shape[-2:])
+            self.window = torch.ones(x.shape[-2:], device=x.device)
         return self.norm(self.layers(x * self.window))
 
 def lazy(num_classes):

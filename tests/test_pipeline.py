@@ -285,6 +285,7 @@ def test_energy_files(network, tmp_path):
     images, layer, energies = load_dataset("folder", options[3]), "layer3.0.conv2", {}
     for split, pool in product(("train", "test"), POOLS):
         asked = ["--checkpoint", model, "--split", split, "--pool", pool, "--layers", layer, "--overwrite"]
+        asked += ["--device", "cpu"]
         call(compute_energy, *options, *asked, "--save", tmp_path / "e")
         with np.load(tmp_path / "e.npz") as arrays:
             energies[split, pool] = arrays[layer]

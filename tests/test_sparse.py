@@ -92,19 +92,24 @@ def test_networks_at_any_batch_size_and_number_of_threads(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_threads_share_the_operations_of_few_images(name, monkeypatch):
-    """Each computes some channels of every operation, in the same order: equal bit for bit."""
+    """Each computes some channels of every operation, in the same order: equal bit for bit.
+
+    Of as many images as the number of threads does not decide how to lay them out, since a compiler may round the same
+    sums of a vector and of a single float differently.
+    """
     monkeypatch.setattr(sparse, "SHARE", 1)
     torch.manual_seed(0)
     model, shape = NETWORKS[name]()
-    fast, x = SparseNetwork(pruned(model, 0.5)), images(17, *shape)
+    fast, x = SparseNetwork(pruned(model, 0.5)), images(18, *shape)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = {count: fast(x[:count]) for count in (1, 2, 16, 17)}
+        alone = {count: fast(x[:count]) for count in (1, 16, 17, 18)}
         for n in (2, 3, 8):
             torch.set_num_threads(n)
             for count, want in alone.items():
                 assert torch.equal(fast(x[:count]), want)
+            close(fast(x[:2]), alone[16][:2])
             for jobs in ((0, 1), (1, 0)):
                 assert sparse._threads_for(fast._prepared[shape], *jobs, most=n) == (n, True)
     finally:

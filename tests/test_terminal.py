@@ -51,7 +51,8 @@ def watch(*options, widths):
 
 
 def test_the_bar_fits_a_terminal_that_is_resized(tiny):
-    seen, _ = watch(*tiny, "--epochs", "20", "--schedule", "--train_batch", "4", widths=(200, 60, 100, 80))
+    options = ["--device", "cpu", "--epochs", "20", "--schedule", "--train_batch", "4"]
+    seen, _ = watch(*tiny, *options, widths=(200, 60, 100, 80))
     narrowest = 200
     for width, updates in seen.items():
         shown = [re.sub(r"\x1b\[[JK]", "", update) for update in updates]
@@ -117,7 +118,7 @@ def test_top5_only_where_there_are_more_than_five_classes():
 
 
 def test_a_run_says_what_it_is_and_what_comes_next(tiny, tmp_path, images, capsys):
-    train(*tiny, "--halo", "--epochs", "1", "--schedule")
+    train(*tiny, "--halo", "--epochs", "1", "--schedule", "--device", "cpu")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"data     folder: 36 training, 18 test images of 3x32x32, 3 classes from {images}"
     model = build_model("resnet", 3, 8)

@@ -9,6 +9,7 @@ import cifar
 from utils import HALO, L1, make_penalty, penalized_parameters
 from utils.halo.lambda_sgd import LambdaSGD
 from utils.training.epoch import NonFiniteLossError, evaluate, train_one_epoch
+from utils.training.meters import Metrics
 from utils.training.optimizers import make_optimizers, milestones
 
 CPU = torch.device("cpu")
@@ -138,3 +139,13 @@ def test_learning_rates_decay_once_a_milestone():
 
 def test_released_learning_rates_decay_twice():
     assert rates([120, 80], released=True) == [[0.1, 0.01, 1e-4], [0.1, 1e-3, 1e-5]]
+
+
+def test_accuracies_are_exact_on_every_device():
+    """Where sums are fp32 too, since they are counts: the quotient is taken on the host."""
+    for dtype in (torch.float64, torch.float32):
+        metrics = Metrics(CPU)
+        metrics.sums = metrics.sums.to(dtype)
+        for label in range(3):
+            metrics.add(torch.tensor(1.0), torch.eye(3)[:1], torch.tensor([label]))
+        assert metrics.means() == {"loss": 1.0, "top1": 100 * (1 / 3), "top5": 100.0}

@@ -85,7 +85,10 @@ def choose_device(name: str) -> torch.device:
     """Return the device: "auto" takes cuda, else mps, else cpu.
 
     Raises:
-        OptionError: the device is not available here.
+        OptionError: the device is not available here, or torchrun started more processes than there are GPUs.
+
+    Note:
+        fp32 is fp32 on CUDA too: by default its convolutions round their inputs to 10 bits (TF32).
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -93,7 +96,13 @@ def choose_device(name: str) -> torch.device:
     if not available[name]:
         raise OptionError(f"--device {name} is not available here: use --device auto or cpu")
     if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun: one GPU a process
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        started = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        if started > gpus:
+            remedy = f"start {gpus}, or give --device cpu"
+            raise OptionError(f"{started} processes need a GPU each, and here are {gpus}: {remedy}")
+        torch.cuda.set_device(local)  # torchrun: one GPU a process
+        torch.backends.cudnn.allow_tf32 = False
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(name)
 

@@ -8,6 +8,7 @@ the SGD of the weights into the same pass, which then costs about what that alon
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -233,8 +234,21 @@ class FusedHALO(LambdaSGD):
         # Compiled, it has no intermediate results: all tensors go through one call.
         for part in [zip(*sets, strict=True)] if self._compiled else pieces_together(sets, size=self._chunk):
             w, grad, lam, velocity = map(list, part)
-            self._halo_step_(w, grad, lam, velocity, **factors)
+            try:
+                self._halo_step_(w, grad, lam, velocity, **factors)
+            except RuntimeError as error:
+                if self._halo_step_ is halo_step_:
+                    raise
+                self._leave_uncompiled(error)
+                return self._run_pieces(sets)
             torch._foreach_add_(lam, velocity, alpha=-lr)  # not compiled, which would be done anew for every lr
+        return None
+
+    def _leave_uncompiled(self, error: RuntimeError) -> None:
+        """Go on without torch.compile, which fails before it changes anything; say so."""
+        self._compiled, self._halo_step_ = False, halo_step_
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        warnings.warn(f"HALO's step could not be compiled, and takes longer: {reason}", stacklevel=2)
 
 
 def require_plain_sgd(weights: Optimizer, penalty: HALO) -> None:

@@ -157,8 +157,9 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
         model = build_recorded(args.arch, len(data.classes), args.depth, first, path)
         if widths := recorded_widths(first, path):
             args.widths = widths  # with the options, so that all that this run writes records them
-        check_own_network(args.arch, model, data.shape, len(data.classes))
-        model.to(device, memory_format=loading.memory_format(args.arch, device))
+        model.to(device)
+        check_own_network(args.arch, model, data.shape, len(data.classes))  # makes the parameters of lazy layers
+        model.to(memory_format=loading.memory_format(args.arch, device))
         if not args.evaluate:
             return train(args, data, model, state, device=device, generator=generator, kind=kind, lock=lock)
         result = loading.evaluate_checkpoint(args.resume, model, data, device, args=args)

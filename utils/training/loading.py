@@ -89,8 +89,8 @@ def make_loader(
 
 def memory_format(arch: str, device: torch.device) -> torch.memory_format:
     """Return the layout of images and convolutions in which this architecture is fastest on this device."""
-    on_cpu = device.type == "cpu"  # nothing else was measured
-    return torch.channels_last if on_cpu and find_arch(arch).channels_last else torch.contiguous_format
+    measured = device.type in ("cpu", "cuda")
+    return torch.channels_last if measured and find_arch(arch).channels_last else torch.contiguous_format
 
 
 def evaluate_checkpoint(

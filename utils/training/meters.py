@@ -16,7 +16,7 @@ class Metrics:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+        self.sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self.count = 0
 
     @torch.no_grad()
@@ -33,5 +33,5 @@ class Metrics:
 
     def means(self) -> dict[str, float]:
         """Return mean loss, and top-1 and top-5 in percent. Waits for the device."""
-        loss, top1, top5 = (self.sums / max(self.count, 1)).tolist()
+        loss, top1, top5 = (total / max(self.count, 1) for total in self.sums.tolist())
         return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
