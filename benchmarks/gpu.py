@@ -71,9 +71,7 @@ def penalties(name: str, device: torch.device, *, record: bool, compiled: bool) 
     """Compare the forms of the step of HALO with no penalty, in bf16."""
     functions = {}
     for label in ("no penalty", "HALO", "HALO, add_grad_() and SGD"):
-        training = Training(
-            name, halo=label != "no penalty", amp="bf16", compiled=compiled, recorded=record, device=device
-        )
+        training = Training(name, halo=label != "no penalty", amp="bf16", compiled=compiled, device=device)
         (lam_optimizer,) = training.lam_optimizers or [None]
         if label == "HALO, add_grad_() and SGD":
             lam_optimizer = LambdaSGD(training.penalty, **SGD_FACTORS)

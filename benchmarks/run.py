@@ -57,7 +57,6 @@ class Training:
         halo: bool = True,
         amp: str | None = None,
         compiled: bool = False,
-        recorded: bool = False,
         layout: torch.memory_format | None = None,
         device: torch.device = CPU,
     ) -> None:
@@ -75,7 +74,7 @@ class Training:
         self.precision = Precision(device, amp)
         self.forward = self.model
         if compiled:
-            self.forward = CompiledNetwork(self.model, batch_size=BATCH[self.arch], recorded=recorded)
+            self.forward = CompiledNetwork(self.model, batch_size=BATCH[self.arch])
 
     def epoch(self, loader: Loader) -> None:
         """Train on all batches."""

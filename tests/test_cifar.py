@@ -41,6 +41,23 @@ def assert_equal_runs(one, other):
             assert torch.equal(state["momentum_buffer"], b[key]["state"][index]["momentum_buffer"])
 
 
+@pytest.mark.parametrize("penalty", [[], HALO])
+def test_a_checkpoint_of_another_layout_is_continued_bit_for_bit(tiny, tmp_path, penalty):
+    """As one of MPS, or of CUDA before its layouts were those of the CPU."""
+    train(*tiny, *penalty, "--save_dir", tmp_path / "straight")
+    train(*tiny, *penalty, "--epochs", 1, "--save_dir", tmp_path / "halves")
+    checkpoint = tmp_path / "halves" / "checkpoint.pth.tar"
+    state, changed = load_checkpoint(checkpoint), 0
+    for one in state["optimizer"]["state"].values():
+        other = one["momentum_buffer"].contiguous()
+        changed += other.stride() != one["momentum_buffer"].stride()
+        one["momentum_buffer"] = other
+    assert changed > 5
+    save_checkpoint(checkpoint, state)
+    train(*tiny, *penalty, "--save_dir", tmp_path / "halves", "--resume", checkpoint)
+    assert_equal_runs(tmp_path / "straight", tmp_path / "halves")
+
+
 def test_resume_is_bit_exact_on_digits(tmp_path):
     options = ["-d", "digits", "-a", "resnet", "--depth", "8", *HALO, "--schedule", "1", "3"]
     train(*options, "--epochs", 4, "--save_dir", tmp_path / "straight")

@@ -1,7 +1,5 @@
 """--compile: the same results within rounding, one compilation, and a network that runs without it."""
 
-import argparse
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,18 +104,3 @@ def test_the_cache_outlives_the_temporary_folder_unless_one_is_named(monkeypatch
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
     compiled.use_cache()
     assert compiled.os.environ["TORCHINDUCTOR_CACHE_DIR"] == (given or str(tmp_path / "inductor"))
-
-
-@pytest.mark.parametrize("device, recorded, mode", [("cuda", False, "reduce-overhead"), ("cuda", True, "default")])
-def test_cuda_graphs_are_recorded_once(monkeypatch, device, recorded, mode):
-    """By torch.compile, unless the whole step is recorded."""
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda network, **options: asked.append(options["mode"]))
-
-    class OnDevice(nn.Module):
-        def parameters(self, recurse=True):
-            return iter([argparse.Namespace(device=torch.device(device))])
-
-    CompiledNetwork(OnDevice(), batch_size=2, recorded=recorded)
-    CompiledNetwork(small_network(), batch_size=2, recorded=recorded)
-    assert asked == [mode, "default"]

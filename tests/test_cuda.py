@@ -17,6 +17,7 @@ from utils.training.augment import Loader
 from utils.training.compiled import CompiledNetwork
 from utils.training.dataset import Dataset, Split
 from utils.training.epoch import update_
+from utils.training.loading import memory_format
 from utils.training.meters import Metrics
 from utils.training.precision import Precision
 from utils.training.recorded import RecordedStep
@@ -29,7 +30,7 @@ DIGITS = ["-d", "digits", "-a", "resnet", "--depth", "8", *HALO, "--schedule", "
 
 def network(device, depth=8):
     torch.manual_seed(0)
-    return build_model("resnet", 10, depth).to(device)
+    return build_model("resnet", 10, depth).to(device, memory_format=memory_format("resnet", device))
 
 
 @pytest.mark.parametrize("form", ["pieces", "compiled", "with the weights"])
@@ -95,7 +96,7 @@ def test_the_compiled_network_has_the_gradients_of_the_plain_one(monkeypatch):
     images, labels = torch.randn(6, 16, 3, 32, 32, device=CUDA), torch.randint(10, (6, 16), device=CUDA)
     plain, compiled = network(CUDA), network(CUDA)
     forward = CompiledNetwork(compiled, batch_size=16)
-    for step in range(6):  # the first compiles, the second records the graphs, the others replay them
+    for step in range(6):
         size = 9 if step == 4 else 16
         for model, run in ((plain, plain), (compiled, forward)):
             model.zero_grad()
@@ -113,13 +114,11 @@ def test_the_host_never_waits_within_a_step(amp):
     split = Split(images, labels)
     statistics = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
     data = Dataset(split, split, tuple("0123456789"), **statistics, padding=4, flip=True)
-    loader = Loader(split.to(CUDA), data, batch_size=16, generator=torch.Generator())
+    layout = {"memory_format": memory_format("resnet", CUDA)}
+    loader = Loader(split.to(CUDA), data, batch_size=16, generator=torch.Generator(), **layout)
     model = network(CUDA)
-    penalty, precision, metrics = (
-        Halo(penalized_parameters(model), xi=1e-3, psi=1e-3),
-        Precision(CUDA, amp),
-        Metrics(CUDA),
-    )
+    penalty = Halo(penalized_parameters(model), xi=1e-3, psi=1e-3)
+    precision, metrics = Precision(CUDA, amp), Metrics(CUDA)
     weights = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
     optimizer = FusedHALO(penalty, weights=weights, **FACTORS)
     before = {name: w.clone() for name, w in penalty.penalized.items()}

@@ -88,6 +88,30 @@ def test_where_compiling_fails_the_step_goes_on_without_and_says_so(monkeypatch)
     assert all(torch.equal(one, other) for one, other in zip(*pair, strict=True))
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("late")])
+def test_what_is_no_failure_to_compile_is_raised(monkeypatch, error):
+    """Lack of memory, and whatever comes after a step that worked: it may have changed something already."""
+    works = not isinstance(error, torch.OutOfMemoryError)
+
+    def fails_later(step, **options):
+        calls = []
+
+        def run(*args, **factors):
+            calls.append(step(*args, **factors))
+            if len(calls) > works:
+                raise error
+
+        return run
+
+    monkeypatch.setattr(lambda_sgd, "load_kernel", no_kernel)
+    monkeypatch.setattr(torch, "compile", fails_later)
+    optimizer = FusedHALO(halo(random_params(torch.float32)), **FACTORS, compiled=True)
+    if works:
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=str(error)):
+        optimizer.step()
+
+
 def test_small_tensors_go_together_and_large_ones_in_pieces():
     sizes = [3, 4, 2, 25, 1, 9, 30]
     sets = [(torch.full((n,), float(i)), torch.arange(n)) for i, n in enumerate(sizes)]

@@ -84,7 +84,10 @@ def test_a_number_that_never_rests_is_never_recorded(what):
 def test_where_recording_fails_it_says_so_once_and_goes_on_without(capsys):
     def fail(function):
         function()  # as far as it came, something was left behind
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        try:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("the recording is void")
 
     model, penalty, optimizers = setup()
     steps = RecordedStep(optimizers, penalty, batch_size=8, record=fail)

@@ -88,7 +88,8 @@ def choose_device(name: str) -> torch.device:
         OptionError: the device is not available here, or torchrun started more processes than there are GPUs.
 
     Note:
-        fp32 is fp32 on CUDA too: by default its convolutions round their inputs to 10 bits (TF32).
+        fp32 is fp32 on CUDA too, where convolutions by default round their inputs to 10 bits (TF32), and matrix
+        products may.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -102,7 +103,7 @@ def choose_device(name: str) -> torch.device:
             remedy = f"start {gpus}, or give --device cpu"
             raise OptionError(f"{started} processes need a GPU each, and here are {gpus}: {remedy}")
         torch.cuda.set_device(local)  # torchrun: one GPU a process
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(name)
 

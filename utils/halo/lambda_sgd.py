@@ -148,7 +148,7 @@ class FusedHALO(LambdaSGD):
                 self._kernel = load_kernel()
             except OSError as error:
                 self.slow_because = str(error)
-        self._halo_step_ = torch.compile(halo_step_) if self._compiled else halo_step_
+        self._halo_step_, self._ran = torch.compile(halo_step_) if self._compiled else halo_step_, False
         self._chunk = CHUNK if tensors[0].device.type == "cpu" else 16 * CHUNK
         if weights is not None:
             weights.register_step_pre_hook(self._before_weights)
@@ -237,15 +237,16 @@ class FusedHALO(LambdaSGD):
             try:
                 self._halo_step_(w, grad, lam, velocity, **factors)
             except RuntimeError as error:
-                if self._halo_step_ is halo_step_:
+                if self._ran or not self._compiled or isinstance(error, torch.OutOfMemoryError):
                     raise
                 self._leave_uncompiled(error)
                 return self._run_pieces(sets)
+            self._ran = True
             torch._foreach_add_(lam, velocity, alpha=-lr)  # not compiled, which would be done anew for every lr
         return None
 
     def _leave_uncompiled(self, error: RuntimeError) -> None:
-        """Go on without torch.compile, which fails before it changes anything; say so."""
+        """Go on without torch.compile, which failed before the first step; say so."""
         self._compiled, self._halo_step_ = False, halo_step_
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         warnings.warn(f"HALO's step could not be compiled, and takes longer: {reason}", stacklevel=2)

@@ -21,15 +21,13 @@ class CompiledNetwork:
     """Runs full batches through torch.compile, others as they are: another size would compile a second time.
 
     Without a C++ compiler, or where compiling the forward pass fails, it says so once and runs the network as it is.
-    On CUDA the passes are recorded as CUDA graphs ("reduce-overhead"), unless the whole step is (recorded.py).
 
     Args:
         network: the network, distributed or not.
         batch_size: images in a full batch of this process.
-        recorded: whether somebody else records the whole step as a CUDA graph.
     """
 
-    def __init__(self, network: nn.Module, *, batch_size: int, recorded: bool = False) -> None:
+    def __init__(self, network: nn.Module, *, batch_size: int) -> None:
         self.network, self.batch_size = network, batch_size
         self.batches, self.started = 0, 0.0
         self.compiled: Callable[[Tensor], Tensor] | None = None
@@ -37,8 +35,7 @@ class CompiledNetwork:
             warn("--compile needs a C++ compiler (g++, or that of the variable CXX): the network runs uncompiled")
             return
         use_cache()
-        graphs = next(network.parameters()).device.type == "cuda" and not recorded
-        self.compiled = torch.compile(network, dynamic=False, mode="reduce-overhead" if graphs else "default")
+        self.compiled = torch.compile(network, dynamic=False)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits of a batch."""

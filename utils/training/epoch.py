@@ -51,7 +51,8 @@ def train_one_epoch(
         forward: runs the network, compiled or distributed; None for the network itself.
         precision: of the forward and backward pass; None for fp32.
         zeros: holds weights at zero; None for none.
-        recorded: records the steps as a CUDA graph; None to take each of them. Not where `zeros` change their mask.
+        recorded: records the steps as a CUDA graph; None to take each of them. Not where `zeros` change their mask
+            or a batch has a weight.
         on_batch: called with the number of batches done and the metrics so far, where the host waits anyway.
 
     Returns:
@@ -67,26 +68,34 @@ def train_one_epoch(
     before = smallest_lambda(penalty)
     stride = 1 if device.type == "cpu" else CHECK_EVERY
 
-    def step(images: Tensor, labels: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    def run_network(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with precision.autocast():
             logits = forward(images)
         logits = logits.float()
-        loss = F.cross_entropy(logits, labels)
-        precision.backward(loss if weight == 1 else loss * weight, optimizer)
+        return F.cross_entropy(logits, labels), logits
+
+    def learn(loss: Tensor) -> None:
+        precision.backward(loss, optimizer)
         update_(optimizer, step_penalty, precision, zeros)
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss, logits = run_network(images, labels)
+        learn(loss)
         return loss.detach(), logits.detach()
 
     for index, batch in enumerate(batches, start=1):
         images, labels, weight = Batch(*batch)
-        loss, logits = recorded.run(step, images, labels) if recorded else step(images, labels, weight)
-        losses.append(loss.clone() if recorded else loss)
-        if weight:
-            metrics.add(loss, logits, labels)
+        loss, logits = recorded.run(step, images, labels) if recorded else run_network(images, labels)
+        losses.append(loss.detach().clone())  # what is recorded overwrites it
         if index % stride == 0:
             check_finite(losses, index, penalty, before)
             losses.clear()
             if on_batch:
                 on_batch(index, metrics)
+        if not recorded:
+            learn(loss if weight == 1 else loss * weight)
+        if weight:
+            metrics.add(loss, logits, labels)
     if losses:
         check_finite(losses, index, penalty, before)
     check_state(model, index, penalty, before)

@@ -77,7 +77,7 @@ class Experiment:
         if can_record(args, device):
             self.recorded = RecordedStep(self.optimizers, penalty, batch_size=batch_size)
         if args.compile:
-            self.forward = CompiledNetwork(self.forward, batch_size=batch_size, recorded=bool(self.recorded))
+            self.forward = CompiledNetwork(self.forward, batch_size=batch_size)
         self.zeros: FixedZeros | None = None  # set by begin() or load_state()
         self.lock: Lock | None = None  # of the folder, set by train()
 

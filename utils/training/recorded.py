@@ -34,9 +34,12 @@ def can_record(args: argparse.Namespace, device: torch.device) -> bool:
 
 def record_cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
     """Record what a function starts on the GPU, without running it; return what runs it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    finally:
+        torch.cuda.set_stream(stream)  # a recording that fails leaves its own
     return graph.replay
 
 
@@ -44,8 +47,8 @@ class RecordedStep:
     """Runs full batches of a training step from a recording: the same kernels on the same tensors, so the same results.
 
     A small network has hundreds of kernels of some microseconds each, which a GPU runs faster than the host starts
-    them. Learning rates and coefficients are numbers in the recording: where one has changed, a few steps go without
-    and the next is recorded anew. Where recording fails, it says so once and all steps go without.
+    them. Learning rates and coefficients are numbers in the recording: where one has changed, PLAIN_STEPS steps go
+    without and the next is recorded anew. Where recording fails, it says so once and all steps go without.
 
     Args:
         optimizers: of the weights and of lam.
@@ -96,7 +99,8 @@ class RecordedStep:
         try:
             self._replay = self._record(once)
         except RuntimeError as error:
-            warn(f"the step could not be recorded as a CUDA graph, and takes longer: {one_line(error)}")
+            cause = error.__context__ or error  # the first is only that the recording is void
+            warn(f"the step could not be recorded as a CUDA graph, and takes longer: {one_line(cause)}")
             self.works = False
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
@@ -125,6 +129,8 @@ def beside_default_stream(device: torch.device) -> Iterator[None]:
         return
     default, other = torch.cuda.current_stream(device), side_stream(device)
     other.wait_stream(default)
-    with torch.cuda.stream(other):
-        yield
-    default.wait_stream(other)
+    try:
+        with torch.cuda.stream(other):
+            yield
+    finally:
+        default.wait_stream(other)

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from utils.distributed import gathered, is_main, rank, require_equal
 from utils.files.checkpoint import CheckpointError, load_weights, save_checkpoint
+from utils.halo.memory import aligned
 from utils.logger import write_csv
 from utils.options import check_gmp
 from utils.training.fingerprint import check_images, fingerprint
@@ -110,12 +112,20 @@ def _take_parts(run: Experiment, state: dict) -> None:
     saved = [state["optimizer"], state["reg_optimizer"]]
     for optimizer, value in zip(run.optimizers, saved, strict=False):
         optimizer.load_state_dict(value)
+        align_momenta_(optimizer)
     for scheduler, value in zip(run.schedulers, state["schedulers"], strict=True):
         scheduler.load_state_dict(value)
     run.precision.scaler.load_state_dict(state["scaler"])
     restore(run, state)
     run.history = state["history"]
     _set_generators(run, state["rng"])
+
+
+def align_momenta_(optimizer: Optimizer) -> None:
+    """Lay every momentum out as its weight is: a fused step walks both in the order of memory, on a CPU unchecked."""
+    for parameter, state in optimizer.state.items():
+        if state.get("momentum_buffer") is not None:
+            state["momentum_buffer"] = aligned(state["momentum_buffer"], parameter)
 
 
 def _set_generators(run: Experiment, states: dict) -> None:
