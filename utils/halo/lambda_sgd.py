@@ -309,14 +309,13 @@ def halo_step_(
     pull = torch._foreach_sign(w)
     torch._foreach_mul_(pull, strength)
     torch._foreach_add_(grad, pull)
-    slope = strength  # becomes -2 xi |w| / lam^3 + psi sign(lam) + weight_decay lam
+    slope = strength  # becomes xi |w| / lam^3
     torch._foreach_mul_(slope, inverse)
     torch._foreach_mul_(slope, torch._foreach_abs(w))
-    torch._foreach_mul_(slope, -2)
-    torch._foreach_add_(slope, torch._foreach_sign(lam), alpha=psi)
-    torch._foreach_add_(slope, lam, alpha=weight_decay)
     torch._foreach_mul_(velocity, momentum)
-    torch._foreach_add_(velocity, slope)
+    torch._foreach_add_(velocity, slope, alpha=-2)
+    torch._foreach_add_(velocity, torch._foreach_sign(lam), alpha=psi)
+    torch._foreach_add_(velocity, lam, alpha=weight_decay)
 
 
 @cache
