@@ -137,7 +137,7 @@ def test_the_host_never_waits_within_a_step(amp):
     assert metrics.count == 64 and not any(torch.equal(w, before[name]) for name, w in penalty.penalized.items())
 
 
-@pytest.mark.parametrize("penalty", [HALO, ["--l1", "--xi", "1e-4"], []])
+@pytest.mark.parametrize("penalty", [HALO, ["--l1", "--xi", "1e-4"], [], ["--gmp", "0.9", "--gmp_epochs", "0.5", "2"]])
 @pytest.mark.parametrize("extra", [[], ["--amp"]])
 def test_recorded_steps_are_the_plain_ones_bit_for_bit(tmp_path, monkeypatch, penalty, extra):
     made = []

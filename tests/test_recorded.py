@@ -81,6 +81,19 @@ def test_a_number_that_never_rests_is_never_recorded(what):
     assert steps.recordings == 0 and len(set(seen)) == len(seen) == 2 * PLAIN_STEPS + 2
 
 
+def test_what_else_decides_is_compared_too():
+    _, penalty, optimizers = setup()
+    steps, taken = RecordedStep(optimizers, penalty, batch_size=8, record=pretend), []
+
+    def step(images, labels):
+        taken.append(steps.recordings)
+        return images, labels
+
+    for also in [False] * (PLAIN_STEPS + 2) + [True] * (PLAIN_STEPS + 2):
+        steps.run(step, *batches([8])[0], also=also)
+    assert taken == [0] * PLAIN_STEPS + [1] * 2 + [1] * PLAIN_STEPS + [2] * 2
+
+
 def test_where_recording_fails_it_says_so_once_and_goes_on_without(capsys):
     def fail(function):
         function()  # as far as it came, something was left behind
@@ -130,7 +143,7 @@ def test_what_failed_leaves_no_gradient_behind():
         ({}, True),
         ({"amp": "bf16"}, True),
         ({"amp": "fp16"}, False),
-        ({"gmp": 0.9}, False),
+        ({"gmp": 0.9}, True),
         ({"arch": "own:net"}, False),
     ],
 )
@@ -140,8 +153,9 @@ def test_where_steps_are_recorded(changed, expected):
     assert not can_record(args, CPU)
 
 
-def test_a_recorded_run_is_the_same_run(tiny, tmp_path, monkeypatch):
-    options = [*tiny, *HALO, "--train_batch", 8, "--epochs", 3]
+@pytest.mark.parametrize("zeros", [[], ["--gmp", 0.9, "--gmp_epochs", 0.5, 1.5]])
+def test_a_recorded_run_is_the_same_run(tiny, tmp_path, monkeypatch, zeros):
+    options = [*tiny, *HALO, *zeros, "--train_batch", 8, "--epochs", 3]
     train(*options, "--save_dir", tmp_path / "plain")
     made = []
 

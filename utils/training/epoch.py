@@ -51,8 +51,7 @@ def train_one_epoch(
         forward: runs the network, compiled or distributed; None for the network itself.
         precision: of the forward and backward pass; None for fp32.
         zeros: holds weights at zero; None for none.
-        recorded: records the steps as a CUDA graph; None to take each of them. Not where `zeros` change their mask
-            or a batch has a weight.
+        recorded: records the steps as a CUDA graph; None to take each of them. Not where a batch has a weight.
         on_batch: called with the number of batches done and the metrics so far, where the host waits anyway.
 
     Returns:
@@ -85,7 +84,10 @@ def train_one_epoch(
 
     for index, batch in enumerate(batches, start=1):
         images, labels, weight = Batch(*batch)
-        loss, logits = recorded.run(step, images, labels) if recorded else run_network(images, labels)
+        if recorded:
+            loss, logits = recorded.run(step, images, labels, also=bool(zeros and zeros.zeros))
+        else:
+            loss, logits = run_network(images, labels)
         losses.append(loss.detach().clone())  # what is recorded overwrites it
         if index % stride == 0:
             check_finite(losses, index, penalty, before)
@@ -94,6 +96,8 @@ def train_one_epoch(
                 on_batch(index, metrics)
         if not recorded:
             learn(loss if weight == 1 else loss * weight)
+        if zeros:
+            zeros.advance_()
         if weight:
             metrics.add(loss, logits, labels)
     if losses:
@@ -112,8 +116,6 @@ def update_(
     step_penalty()
     precision.step(optimizer)
     optimizer.zero_grad()
-    if zeros:
-        zeros.advance_()
 
 
 def smallest_lambda(penalty: Penalty) -> float | None:

@@ -25,10 +25,10 @@ PLAIN_STEPS = WATCHED_STEPS + 1
 def can_record(args: argparse.Namespace, device: torch.device) -> bool:
     """Return whether the steps of a run may be recorded.
 
-    Not those of a network of your own, whose forward pass may decide something on the host; not where the host looks at
-    every step, as with fp16 and --gmp; not those of several processes.
+    Not those of a network of your own, whose forward pass may decide something on the host; not with fp16, where the
+    host looks at every step; not those of several processes.
     """
-    decided_on_the_host = args.arch not in ARCHS or args.amp == "fp16" or args.gmp
+    decided_on_the_host = args.arch not in ARCHS or args.amp == "fp16"
     return device.type == "cuda" and processes() == 1 and not decided_on_the_host
 
 
@@ -72,11 +72,18 @@ class RecordedStep:
         self._inputs: tuple[Tensor, Tensor] | None = None
         self._outputs: tuple[Tensor, Tensor] | None = None
 
-    def run(self, step: Step, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a step, the same one in every call; return its loss and logits, which the next call overwrites."""
+    def run(self, step: Step, images: Tensor, labels: Tensor, *, also: object = None) -> tuple[Tensor, Tensor]:
+        """Take a step; return its loss and logits, which the next call overwrites.
+
+        Args:
+            step: does the same in every call, but for the numbers of the optimizers and the penalty.
+            images: (N, *shape), on the device.
+            labels: (N,), on the device.
+            also: whatever else decides what it does, to be compared from call to call.
+        """
         if not self.works or len(images) != self.batch_size:
             return step(images, labels)
-        factors = self._numbers()
+        factors = self._numbers(), also
         if factors != self._factors:
             self._factors, self._plain_steps, self._replay = factors, 0, None
         if self._replay is None and self._plain_steps < PLAIN_STEPS:
