@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -94,8 +94,7 @@ class LambdaSGD(SGD):
 class FusedHALO(LambdaSGD):
     """`LambdaSGD` for HALO in one pass over memory, without a gradient of lam.
 
-    fp32 on CPU runs halo_step.cpp, anything else `halo_step_` on pieces that stay in cache, or on an accelerator on as
-    many tensors at once as make few large operations; benchmarks/ compares them.
+    fp32 on CPU runs halo_step.cpp, anything else `halo_step_` on pieces (few and large on CUDA); benchmarks/ compares.
     The state is that of `LambdaSGD`, so each continues the checkpoint of the other.
 
     Args:
@@ -232,23 +231,23 @@ class FusedHALO(LambdaSGD):
         factors = {"xi": self.penalty.xi, "psi": self.penalty.psi} | factors_of(self)
         lr = factors.pop("lr")
         # Compiled, it has no intermediate results: all tensors go through one call.
-        for part in [zip(*sets, strict=True)] if self._compiled else pieces_together(sets, size=self._chunk):
-            w, grad, lam, velocity = map(list, part)
+        parts = [zip(*sets, strict=True)] if self._compiled else pieces_together(sets, size=self._chunk)
+        for w, grad, lam, velocity in parts:
             try:
                 self._halo_step_(w, grad, lam, velocity, **factors)
             except RuntimeError as error:
                 if self._ran or not self._compiled or isinstance(error, torch.OutOfMemoryError):
                     raise
                 self._leave_uncompiled(error)
-                return self._run_pieces(sets)
+                self._run_pieces(sets)
+                return
             self._ran = True
             torch._foreach_add_(lam, velocity, alpha=-lr)  # not compiled, which would be done anew for every lr
-        return None
 
     def _leave_uncompiled(self, error: RuntimeError) -> None:
         """Go on without torch.compile, which failed before the first step; say so."""
         self._compiled, self._halo_step_ = False, halo_step_
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = f"{error}".strip().partition("\n")[0] or type(error).__name__
         warnings.warn(f"HALO's step could not be compiled, and takes longer: {reason}", stacklevel=2)
 
 
@@ -287,10 +286,10 @@ def velocity_of(optimizer: SGD, parameter: Tensor) -> Tensor:
 
 
 def halo_step_(
-    w: list[Tensor],
-    grad: list[Tensor],
-    lam: list[Tensor],
-    velocity: list[Tensor],
+    w: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    lam: Sequence[Tensor],
+    velocity: Sequence[Tensor],
     *,
     xi: float,
     psi: float,
@@ -299,7 +298,7 @@ def halo_step_(
 ) -> None:
     """Change grad and velocity in place as `LambdaSGD` does with `HALO.add_grad_`; lam then goes by -lr * velocity.
 
-    Lists of tensors, the k-th of each of one shape: an accelerator runs an operation on a whole list as one.
+    Sequences of tensors, the k-th of each of one shape: an accelerator runs an operation on all of them as one.
     """
     inverse = torch._foreach_reciprocal(lam)
     torch._foreach_clamp_max_(inverse, 1 / LAMBDA_FLOOR)
