@@ -8,8 +8,7 @@ the SGD of the weights into the same pass, which then costs about what that alon
 from __future__ import annotations
 
 import ctypes
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from torch.amp import GradScaler
 from torch.optim import SGD, Optimizer
 
 from .compiled_step import CompiledStep, Factors, factors_of
-from .floor import LAMBDA_FLOOR
 from .guard import require_beside, require_current
-from .memory import CHUNK, aligned, aligned_gradient, is_dense, pieces_together
+from .halo_step import HaloStep
+from .memory import CHUNK, aligned, aligned_gradient, is_dense
 from .native import load_native
 from .penalties import HALO, Penalty
 
@@ -94,7 +93,7 @@ class LambdaSGD(SGD):
 class FusedHALO(LambdaSGD):
     """`LambdaSGD` for HALO in one pass over memory, without a gradient of lam.
 
-    fp32 on CPU runs halo_step.cpp, anything else `halo_step_` on pieces (few and large on CUDA); benchmarks/ compares.
+    fp32 on CPU runs halo_step.cpp, anything else halo_step.py, on pieces that stay in cache; benchmarks/ compares them.
     The state is that of `LambdaSGD`, so each continues the checkpoint of the other.
 
     Args:
@@ -106,7 +105,7 @@ class FusedHALO(LambdaSGD):
             beginning of the next `weights.step()`: whatever clips or unscales the gradients, before or after, sees
             those of the loss. The kernel steps the penalised weights in the same pass, exactly as `weights` would, and
             leaves them without a gradient; `weights` then steps the others.
-        compiled: run `halo_step_` through torch.compile where the kernel does not apply, as on CUDA.
+        compiled: run the step through torch.compile where the kernel does not apply, as on CUDA.
 
     Attributes:
         slow_because: why there is no kernel on this CPU, such as a missing compiler; None where there is one.
@@ -147,8 +146,7 @@ class FusedHALO(LambdaSGD):
                 self._kernel = load_kernel()
             except OSError as error:
                 self.slow_because = str(error)
-        self._halo_step_, self._ran = torch.compile(halo_step_) if self._compiled else halo_step_, False
-        self._chunk = CHUNK if tensors[0].device.type == "cpu" else 16 * CHUNK
+        self._pieces = HaloStep(size=CHUNK if tensors[0].device.type == "cpu" else 16 * CHUNK, compiled=self._compiled)
         if weights is not None:
             weights.register_step_pre_hook(self._before_weights)
 
@@ -205,7 +203,7 @@ class FusedHALO(LambdaSGD):
         if not (self._kernel and self._call and self._call.refresh()):
             sets = self._checked()
             if not self._kernel:
-                self._run_pieces(sets)
+                self._pieces.run(sets, xi=self.penalty.xi, psi=self.penalty.psi, **factors_of(self))
                 return
             self._call = CompiledStep(sets, self, self._weights)
         self._call.run(self._kernel, xi=self.penalty.xi, psi=self.penalty.psi)
@@ -226,29 +224,6 @@ class FusedHALO(LambdaSGD):
             if self._kernel and self._weights is not None:
                 velocity_of(self._weights, w)
         return [(w, aligned_gradient(w), lam, velocity_of(self, lam)) for _, w, lam in self._pairs]
-
-    def _run_pieces(self, sets: list[tuple[Tensor, ...]]) -> None:
-        factors = {"xi": self.penalty.xi, "psi": self.penalty.psi} | factors_of(self)
-        lr = factors.pop("lr")
-        # Compiled, it has no intermediate results: all tensors go through one call.
-        parts = [zip(*sets, strict=True)] if self._compiled else pieces_together(sets, size=self._chunk)
-        for w, grad, lam, velocity in parts:
-            try:
-                self._halo_step_(w, grad, lam, velocity, **factors)
-            except RuntimeError as error:
-                if self._ran or not self._compiled or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                self._leave_uncompiled(error)
-                self._run_pieces(sets)
-                return
-            self._ran = True
-            torch._foreach_add_(lam, velocity, alpha=-lr)  # not compiled, which would be done anew for every lr
-
-    def _leave_uncompiled(self, error: RuntimeError) -> None:
-        """Go on without torch.compile, which failed before the first step; say so."""
-        self._compiled, self._halo_step_ = False, halo_step_
-        reason = f"{error}".strip().partition("\n")[0] or type(error).__name__
-        warnings.warn(f"HALO's step could not be compiled, and takes longer: {reason}", stacklevel=2)
 
 
 def require_plain_sgd(weights: Optimizer, penalty: HALO) -> None:
@@ -283,38 +258,6 @@ def velocity_of(optimizer: SGD, parameter: Tensor) -> Tensor:
     if buffer is None or buffer.stride() != parameter.stride():
         state["momentum_buffer"] = torch.zeros_like(parameter) if buffer is None else aligned(buffer, parameter)
     return state["momentum_buffer"]
-
-
-def halo_step_(
-    w: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    lam: Sequence[Tensor],
-    velocity: Sequence[Tensor],
-    *,
-    xi: float,
-    psi: float,
-    momentum: float,
-    weight_decay: float,
-) -> None:
-    """Change grad and velocity in place as `LambdaSGD` does with `HALO.add_grad_`; lam then goes by -lr * velocity.
-
-    Sequences of tensors, the k-th of each of one shape: an accelerator runs an operation on all of them as one.
-    """
-    inverse = torch._foreach_reciprocal(lam)
-    torch._foreach_clamp_max_(inverse, 1 / LAMBDA_FLOOR)
-    torch._foreach_clamp_min_(inverse, -1 / LAMBDA_FLOOR)
-    strength = torch._foreach_mul(inverse, inverse)
-    torch._foreach_mul_(strength, xi)
-    pull = torch._foreach_sign(w)
-    torch._foreach_mul_(pull, strength)
-    torch._foreach_add_(grad, pull)
-    slope = strength  # becomes xi |w| / lam^3
-    torch._foreach_mul_(slope, inverse)
-    torch._foreach_mul_(slope, torch._foreach_abs(w))
-    torch._foreach_mul_(velocity, momentum)
-    torch._foreach_add_(velocity, slope, alpha=-2)
-    torch._foreach_add_(velocity, torch._foreach_sign(lam), alpha=psi)
-    torch._foreach_add_(velocity, lam, alpha=weight_decay)
 
 
 @cache
