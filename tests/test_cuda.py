@@ -16,11 +16,11 @@ from utils.training import experiment
 from utils.training.augment import Loader
 from utils.training.compiled import CompiledNetwork
 from utils.training.dataset import Dataset, Split
-from utils.training.epoch import update_
 from utils.training.loading import memory_format
 from utils.training.meters import Metrics
 from utils.training.precision import Precision
 from utils.training.recorded import RecordedStep
+from utils.training.step import TrainingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -121,16 +121,13 @@ def test_the_host_never_waits_within_a_step(amp):
     precision, metrics = Precision(CUDA, amp), Metrics(CUDA)
     weights = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
     optimizer = FusedHALO(penalty, weights=weights, **FACTORS)
+    step = TrainingStep(model, penalty, weights, optimizer, precision=precision)
     before = {name: w.clone() for name, w in penalty.penalized.items()}
     try:
         for index, batch in enumerate(loader):
             if index == 1:  # the first makes buffers, and the epoch's random numbers were copied before it
                 torch.cuda.set_sync_debug_mode("error")
-            with precision.autocast():
-                logits = model(batch.images)
-            loss = F.cross_entropy(logits.float(), batch.labels)
-            precision.backward(loss, weights)
-            update_(weights, optimizer.step, precision, None)
+            loss, logits = step(batch.images, batch.labels)
             metrics.add(loss, logits, batch.labels)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -16,6 +16,7 @@ from utils.training.dataset import Batch
 from utils.training.meters import Metrics
 from utils.training.precision import Precision
 from utils.training.recorded import RecordedStep
+from utils.training.step import TrainingStep
 
 # Reading a loss makes the host wait for an accelerator, so there only every CHECK_EVERY-th batch is looked at.
 CHECK_EVERY = 50
@@ -61,116 +62,101 @@ def train_one_epoch(
         NonFiniteLossError: naming the batch and whether the cross-entropy or the penalty did it.
     """
     model.train()
-    forward, precision = forward or model, precision or Precision(device)
-    step_penalty = lam_optimizer.step if lam_optimizer else penalty.add_grad_
-    metrics, losses = Metrics(device), []
-    before = smallest_lambda(penalty)
-    stride = 1 if device.type == "cpu" else CHECK_EVERY
-
-    def run_network(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with precision.autocast():
-            logits = forward(images)
-        logits = logits.float()
-        return F.cross_entropy(logits, labels), logits
-
-    def learn(loss: Tensor) -> None:
-        precision.backward(loss, optimizer)
-        update_(optimizer, step_penalty, precision, zeros)
-
-    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss, logits = run_network(images, labels)
-        learn(loss)
-        return loss.detach(), logits.detach()
-
-    for index, batch in enumerate(batches, start=1):
+    step = TrainingStep(
+        forward or model, penalty, optimizer, lam_optimizer, precision=precision or Precision(device), zeros=zeros
+    )
+    metrics, watch = Metrics(device), LossWatch(penalty, every=1 if device.type == "cpu" else CHECK_EVERY)
+    for batch in batches:
         images, labels, weight = Batch(*batch)
         if recorded:
-            loss, logits = recorded.run(step, images, labels, also=bool(zeros and zeros.zeros))
+            loss, logits = recorded.run(step, images, labels, also=step.holds_zeros)
         else:
-            loss, logits = run_network(images, labels)
-        losses.append(loss.detach().clone())  # what is recorded overwrites it
-        if index % stride == 0:
-            check_finite(losses, index, penalty, before)
-            losses.clear()
-            if on_batch:
-                on_batch(index, metrics)
+            loss, logits = step.run_network(images, labels)
+        if watch.see(loss) and on_batch:
+            on_batch(watch.batches, metrics)
         if not recorded:
-            learn(loss if weight == 1 else loss * weight)
+            step.learn(loss if weight == 1 else loss * weight)
         if zeros:
             zeros.advance_()
         if weight:
             metrics.add(loss, logits, labels)
-    if losses:
-        check_finite(losses, index, penalty, before)
-    check_state(model, index, penalty, before)
+    watch.end(model)
     metrics.reduce()
     return metrics.means()
 
 
-def update_(
-    optimizer: Optimizer, step_penalty: Callable[[], object], precision: Precision, zeros: FixedZeros | None
-) -> None:
-    """Add the penalty's gradient to that of the cross-entropy, and step lam and the weights; fixed zeros stay zero."""
-    if zeros:
-        zeros.clear_grad_()
-    step_penalty()
-    precision.step(optimizer)
-    optimizer.zero_grad()
+class LossWatch:
+    """Looks at the cross-entropies of an epoch for one that is not finite, and says who made it so.
+
+    Args:
+        penalty: the penalty in use.
+        every: batches from look to look.
+
+    Attributes:
+        batches: how many were seen.
+    """
+
+    def __init__(self, penalty: Penalty, *, every: int) -> None:
+        self.penalty, self.every, self.batches = penalty, every, 0
+        self.losses: list[Tensor] = []  # since the last look
+        self.smallest_before = smallest_lambda(penalty)
+
+    def see(self, loss: Tensor) -> bool:
+        """Take the cross-entropy of a batch; return whether this was a time to look.
+
+        Raises:
+            NonFiniteLossError: naming the batch, the culprit and the smallest |lam|.
+        """
+        self.batches += 1
+        self.losses.append(loss.detach().clone())  # what is recorded overwrites it
+        if self.batches % self.every:
+            return False
+        self._look()
+        return True
+
+    def end(self, model: nn.Module) -> None:
+        """Look once more, and at what the last step left, which no later loss of the epoch would show.
+
+        Raises:
+            NonFiniteLossError: naming the batch, what is not finite, the culprit and the smallest |lam|.
+        """
+        if self.losses:
+            self._look()
+        for name, tensor in {**model.state_dict(), **self.penalty.lambdas}.items():
+            if not tensor.isfinite().all():
+                what = f"batch {self.batches}: its step made {name} infinite or NaN"
+                raise NonFiniteLossError(f"{what}; {self._culprit()}")
+
+    def _look(self) -> None:
+        values = torch.stack(self.losses)
+        if not values.isfinite().all():
+            first = int((~values.isfinite()).nonzero()[0])
+            what = f"batch {self.batches - len(values) + 1 + first}: the cross-entropy is {values[first].item()}"
+            raise NonFiniteLossError(f"{what}; {self._culprit()}")
+        self.losses.clear()
+
+    @torch.no_grad()
+    def _culprit(self) -> str:
+        """Say whether the cross-entropy or the penalty diverged, the remedy, and the smallest |lam|.
+
+        The penalty is blamed where a lam is no longer finite, or where at the start of the epoch its slope at the
+        smallest |lam| exceeded any that a cross-entropy has; the cross-entropy otherwise.
+        """
+        before, penalty = self.smallest_before, self.penalty
+        lambdas_finite = all(lam.isfinite().all() for lam in penalty.lambdas.values())
+        steep = penalty.strength(torch.tensor(before or 1.0)) > 10
+        if not lambdas_finite or steep:
+            cause = "the penalty did it: raise --lambda_init, lower --xi or --reg_lr"
+        else:
+            cause = "the cross-entropy did it: lower --lr"
+        if before is None:
+            return cause
+        return f"{cause}; smallest |lam| {before:.3g} when the epoch began, {smallest_lambda(penalty):.3g} now"
 
 
 def smallest_lambda(penalty: Penalty) -> float | None:
     """Return the smallest |lam| of a penalty, None where nothing is learned."""
     return min((lam.detach().abs().min().item() for lam in penalty.lambdas.values()), default=None)
-
-
-def check_finite(losses: list[Tensor], last: int, penalty: Penalty, smallest_before: float | None) -> None:
-    """Raise if one of the last batches' cross-entropies is not finite.
-
-    Args:
-        losses: the cross-entropies since the last look.
-        last: number of the batch that the last of them belongs to, from 1.
-        penalty: the penalty in use.
-        smallest_before: the smallest |lam| when the epoch began.
-
-    Raises:
-        NonFiniteLossError: naming the batch, the culprit and the smallest |lam|.
-    """
-    values = torch.stack(losses)
-    if values.isfinite().all():
-        return
-    first = int((~values.isfinite()).nonzero()[0])
-    what = f"batch {last - len(losses) + 1 + first}: the cross-entropy is {values[first].item()}"
-    raise NonFiniteLossError(f"{what}; {culprit(penalty, smallest_before)}")
-
-
-def check_state(model: nn.Module, last: int, penalty: Penalty, smallest_before: float | None) -> None:
-    """Raise if the last step of an epoch left something infinite or NaN, which no later loss of it would show.
-
-    Raises:
-        NonFiniteLossError: naming the batch, the tensor, the culprit and the smallest |lam|.
-    """
-    for name, tensor in {**model.state_dict(), **penalty.lambdas}.items():
-        if not tensor.isfinite().all():
-            what = f"batch {last}: its step made {name} infinite or NaN"
-            raise NonFiniteLossError(f"{what}; {culprit(penalty, smallest_before)}")
-
-
-@torch.no_grad()
-def culprit(penalty: Penalty, smallest_before: float | None) -> str:
-    """Say whether the cross-entropy or the penalty diverged, the remedy, and the smallest |lam|.
-
-    The penalty is blamed where a lam is no longer finite, or where at the start of the epoch its slope at the
-    smallest |lam| exceeded any that a cross-entropy has; the cross-entropy otherwise.
-    """
-    lambdas_finite = all(lam.isfinite().all() for lam in penalty.lambdas.values())
-    steep = penalty.strength(torch.tensor(smallest_before or 1.0)) > 10
-    if not lambdas_finite or steep:
-        cause = "the penalty did it: raise --lambda_init, lower --xi or --reg_lr"
-    else:
-        cause = "the cross-entropy did it: lower --lr"
-    if smallest_before is None:
-        return cause
-    return f"{cause}; smallest |lam| {smallest_before:.3g} when the epoch began, {smallest_lambda(penalty):.3g} now"
 
 
 @torch.inference_mode()
