@@ -30,7 +30,7 @@ from utils.logger import duration, say
 from utils.run import portable_path, require_writable, run_script
 from utils.studies.checks import check_numbers
 from utils.studies.cluster import cluster_workers
-from utils.studies.executors import Workers, cores, local_workers
+from utils.studies.executors import Workers, local_workers, processes_here
 from utils.studies.phases import dry_run, run_shard, run_study
 from utils.studies.report import write_report
 from utils.studies.shards import Shard, parse_shard, study_lock
@@ -52,7 +52,8 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="seeds (default: the study's)",
     )
-    parser.add_argument("--jobs", type=options.whole(1), metavar="N", help="runs at a time (default: one a core)")
+    text = "runs at a time (default: one a GPU; without any, one a core)"
+    parser.add_argument("--jobs", type=options.whole(1), metavar="N", help=text)
     text = "run the jobs on the workers of this Dask cluster (docs/many_machines.md)"
     parser.add_argument("--scheduler", metavar="ADDRESS", help=text)
     text = "do part I of N, the others elsewhere at the same time (docs/many_machines.md)"
@@ -86,7 +87,7 @@ def workers_of(args: argparse.Namespace, lock: Lock) -> Iterator[Workers]:
         with cluster_workers(args.scheduler, lock=lock, data=args.data) as workers:
             yield workers
     else:
-        with local_workers(args.jobs or cores()) as workers:
+        with local_workers(args.jobs or processes_here()) as workers:
             yield workers
 
 
@@ -123,7 +124,7 @@ def main(args: argparse.Namespace) -> dict:
         study = dataclasses.replace(study, seeds=tuple(args.seeds))
     out = Path(args.out or f"runs/studies/{study.name}")
     if args.dry_run:
-        return dry_run(study, out, args.data, processes=args.jobs or cores(), shard=shard)
+        return dry_run(study, out, args.data, processes=args.jobs or processes_here(), shard=shard)
     if args.scheduler:  # whose workers start in folders of their own
         out, args.data = out.absolute(), os.path.abspath(args.data)
     require_writable(out, make=True)

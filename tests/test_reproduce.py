@@ -10,11 +10,13 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 
 import reproduce
 from utils.logger import duration
 from utils.run import portable_path
+from utils.studies import executors
 from utils.studies.jobs import jobs_before, tuning_jobs
 from utils.studies.measurements import read_accuracies
 from utils.studies.progress import committed_seconds, to_come
@@ -256,6 +258,32 @@ def wait_until(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def gpu_of_a_worker(folder, workers):
+    """What a worker may use, told once all of them are there."""
+    (folder / str(os.getpid())).touch()
+    wait_until(lambda: len(list(folder.iterdir())) == workers)
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.mark.parametrize("named, expected", [("", "0 0 1"), ("5,GPU-7", "5 5 GPU-7"), ("3,4,5", "3 3 4")])
+def test_workers_take_the_gpus_in_turn(named, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert executors.processes_here() == 2
+    with executors.local_workers(3) as workers:
+        pool = workers.submit.func.__self__
+        told = [pool.submit(gpu_of_a_worker, tmp_path, 3) for _ in range(3)]
+        assert sorted(future.result() for future in told) == expected.split()
+
+
+def test_without_a_gpu_workers_are_as_many_as_cores_and_nothing_is_hidden(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert executors.processes_here() == executors.cores()
+    with executors.local_workers(1) as workers:
+        assert workers.submit.func.__self__.submit(gpu_of_a_worker, tmp_path, 1).result() == ""
 
 
 def test_the_end_of_a_grid_is_seen(tmp_path):

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.sharedctypes import Synchronized
 
 import torch
 
@@ -45,15 +46,37 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpus() -> list[str]:
+    """Return the CUDA devices that this process may use, each as the variable CUDA_VISIBLE_DEVICES names it."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+def processes_here() -> int:
+    """Return how many runs this machine should do at a time unless told: one a GPU, without any one a core."""
+    return len(gpus()) or cores()
+
+
 def threads_each(processes: int) -> int:
     """Return how many threads each of some processes on the cores of this one should compute with."""
     return max(1, cores() // processes)
 
 
-def prepare_worker(threads: int) -> None:
-    """Set a worker process up: its share of the cores, no Ctrl-C of its own, and an end when its parent is killed."""
+def prepare_worker(threads: int, started: Synchronized, devices: list[str]) -> None:
+    """Set a worker process up: its share of the cores, a GPU, no Ctrl-C of its own, an end when its parent is killed.
+
+    Args:
+        threads: to compute with.
+        started: counts the workers of a machine, which take its GPUs in turn.
+        devices: the names of these GPUs; empty without any.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    if devices:
+        with started.get_lock():
+            number, started.value = started.value, started.value + 1
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]  # read when CUDA is first used
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -65,14 +88,14 @@ def end_with_parent() -> None:
 
 @contextmanager
 def local_workers(processes: int) -> Iterator[Workers]:
-    """Start processes on this machine, which share its cores equally; they end with the block.
+    """Start processes on this machine, which share its cores equally and its GPUs in turn; they end with the block.
 
     Args:
         processes: how many.
     """
     context = multiprocessing.get_context("spawn")
-    threads = threads_each(processes)
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=prepare_worker, initargs=(threads,))
+    shares = (threads_each(processes), context.Value("i", 0), gpus())
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=prepare_worker, initargs=shares)
     try:
         lost = "a worker process was lost (killed, or out of memory); the same command continues"
         yield Workers(partial(pool.submit, run_job), processes, lost)
