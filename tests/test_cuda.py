@@ -20,6 +20,7 @@ from utils.training.loading import memory_format
 from utils.training.meters import Metrics
 from utils.training.precision import Precision
 from utils.training.recorded import RecordedStep
+from utils.training.statistics import near_zero, penalty_statistics
 from utils.training.step import TrainingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -75,6 +76,18 @@ def test_a_run_goes_on_on_a_cpu_and_its_zeros_stay(tmp_path):
     assert zeros == round(0.9 * sum(after[name].numel() for name in prunable))
     assert all(torch.equal(before[name] == 0, after[name] == 0) for name in prunable)
     assert not all(torch.equal(before[name], after[name]) for name in prunable)
+
+
+def test_the_numbers_of_an_epoch_are_those_of_a_cpu():
+    generator = torch.Generator().manual_seed(0)
+    w, lam = (torch.randn(20, 30, 3, 3, generator=generator).mul(50).round().div(5e3) for _ in range(2))  # with ties
+    rows = []
+    for device in (CPU, CUDA):
+        weights = {"w": w.to(device, memory_format=memory_format("resnet", device))}
+        penalty = Halo(weights, xi=1e-4, psi=1e-3)
+        penalty.lambdas["w"].data.copy_(lam + w)
+        rows.append(near_zero(weights) | penalty_statistics(penalty))
+    assert rows[0] == rows[1] and rows[0]["rank_correlation"] > 0
 
 
 def test_pruning_says_the_same_on_cuda_and_on_a_cpu(tmp_path):

@@ -16,15 +16,16 @@ RANKED_AT_MOST = 1 << 20  # elements; a rank correlation of a million values is 
 
 
 def flatten(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Concatenate tensors into one vector on the host, in order."""
-    return torch.cat([t.detach().reshape(-1).cpu() for t in tensors.values()])
+    """Concatenate tensors into one vector, in order; on the host, but for those on CUDA, which sorts far faster."""
+    vector = torch.cat([t.detach().reshape(-1) for t in tensors.values()])
+    return vector if vector.is_cuda else vector.cpu()
 
 
 def near_zero(weights: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the fraction of weights with |w| <= t for each threshold t, as `fraction_<t>`, in [0, 1]."""
     total = sum(w.numel() for w in weights.values())
-    counts = {t: sum((w.detach().abs() <= float(t)).sum().item() for w in weights.values()) for t in THRESHOLDS}
-    return {f"fraction_{t}": count / total for t, count in counts.items()}
+    counts = {t: sum((w.detach().abs() <= float(t)).sum() for w in weights.values()) for t in THRESHOLDS}
+    return {f"fraction_{t}": count.item() / total for t, count in counts.items()}
 
 
 def quantiles(values: Tensor) -> list[float]:
@@ -49,8 +50,8 @@ def rank_correlation(x: Tensor, y: Tensor) -> float:
     Beyond RANKED_AT_MOST elements, of evenly spaced ones.
     """
     step = -(-len(x) // RANKED_AT_MOST)
-    ranks = torch.stack([average_ranks(x[::step]), average_ranks(y[::step])]).double()
-    return torch.corrcoef(ranks)[0, 1].item()
+    ranks = torch.stack([average_ranks(x[::step]), average_ranks(y[::step])])
+    return torch.corrcoef(ranks.cpu().double())[0, 1].item()
 
 
 def penalty_statistics(penalty: Penalty) -> dict[str, float | str]:
