@@ -6,6 +6,7 @@ For each network and batch, milliseconds of torch (eager, channels_last) for the
 network with widths rounded up to multiples of 8 and 16; medians of interleaved runs and quartiles of their ratios.
 """
 
+import argparse
 import statistics
 import sys
 from functools import partial
@@ -73,4 +74,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()
