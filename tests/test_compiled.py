@@ -1,5 +1,7 @@
 """--compile: the same results within rounding, one compilation, and a network that runs without it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,9 +90,11 @@ def test_where_the_backward_pass_fails_to_compile_it_is_one_line(monkeypatch, ti
     assert ended == status and said in line and ("backward pass" in line) == (status == 2)
 
 
-def test_a_cache_that_cannot_be_made_is_no_obstacle(monkeypatch, tmp_path):
+@pytest.mark.parametrize("cache", ["file/inductor", "~nobody-here/inductor"])  # no folder; nobody's home
+def test_a_cache_that_cannot_be_made_is_no_obstacle(cache, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(compiled, "CACHE", tmp_path / "file" / "inductor")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compiled, "CACHE", Path(cache))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     compiled.use_cache()
     assert "TORCHINDUCTOR_CACHE_DIR" not in compiled.os.environ

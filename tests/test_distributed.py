@@ -242,4 +242,4 @@ def test_more_processes_than_gpus_is_one_line_in_each(monkeypatch, fails, tiny, 
     for name, value in set_by_torchrun.items():
         monkeypatch.setenv(name, value)
     status, line = fails(*tiny, "--device", device)
-    assert status == 2 and "2 processes need a GPU each, and here are 1: start 1, or give --device cpu" in line
+    assert status == 2 and "2 processes need a GPU each, only 1 seen: start 1, or --device cpu" in line

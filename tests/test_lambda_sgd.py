@@ -374,3 +374,22 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, compiler, c
     notes = [line for line in capsys.readouterr().err.splitlines() if "compile" in line]
     assert sum("HALO's step" in line for line in notes) == 1
     assert sum("uncompiled" in line for line in notes) == (compiler != "false")
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="gradients have the type of their weights")
+@pytest.mark.parametrize("later", [False, True])
+def test_a_gradient_of_another_type_is_refused(later):
+    """The kernel would read beyond it."""
+    model = nn.Conv2d(3, 64, 3)
+    optimizer = FusedHALO(HALO(penalized_parameters(model), xi=1e-3, psi=1e-3), lr=0.1)
+    for steps in range(2 if later else 1):
+        model.zero_grad()
+        if steps == later:
+            for p in model.parameters():
+                p.grad_dtype = torch.bfloat16
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        if steps == later:
+            with pytest.raises(ValueError, match="bfloat16, the weight torch.float32: use LambdaSGD"):
+                optimizer.step()
+        else:
+            optimizer.step()

@@ -6,6 +6,7 @@ import shlex
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 import check_params
@@ -150,3 +151,25 @@ def test_a_stop_during_start_up_says_so(stop, status, capsys, monkeypatch):
         run_script(main, options.Parser("Nothing."))
     assert stopped.value.code == status
     assert capsys.readouterr().err.strip().endswith(": interrupted")
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1),
+        (RuntimeError("CUDA error: out of memory"), 1),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 1),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), 1),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 1),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+    ],
+)
+def test_too_little_memory_ends_in_one_line(error, status, monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit if status else RuntimeError) as ended:
+        run_script(fail, options.Parser("Nothing."))
+    if status:
+        assert ended.value.code == status and capsys.readouterr().err == f"x.py: error: {error}\n"

@@ -1,5 +1,6 @@
 """Mixed precision: what is computed in which type, and that the penalty never meets the scale of the loss."""
 
+import argparse
 import copy
 
 import pytest
@@ -9,10 +10,11 @@ from test_cifar import HALO as HALO_OPTIONS
 from test_cifar import assert_equal_runs, rows
 from torch import nn
 
-from utils import HALO, penalized_parameters
+from utils import HALO, make_penalty, penalized_parameters
 from utils.files.checkpoint import load_checkpoint
 from utils.halo.lambda_sgd import FusedHALO
 from utils.training.epoch import train_one_epoch
+from utils.training.optimizers import make_optimizers
 from utils.training.precision import Precision
 
 CPU = torch.device("cpu")
@@ -63,6 +65,27 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_falls():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert precision.scaler.get_scale() == 2.0**29
     assert not (penalty.lambdas["0.weight"] == 1).any()  # lam does not wait for the data
+
+
+def test_a_first_step_that_overflows_leaves_momenta_of_zero():
+    """torch's fused SGD makes them in that step, from whatever the memory holds."""
+    model = nn.Linear(30, 40)
+    args = argparse.Namespace(lr=0.1, momentum=0.9, wd=0.0, amp="fp16", schedule=[], gamma=0.1, released_lr=False)
+    (weights,), _ = make_optimizers(model, make_penalty("none", penalized_parameters(model, linear=True)), args)
+    slow = copy.deepcopy(model)
+    unfused = torch.optim.SGD(slow.parameters(), 0.1, momentum=0.9)
+    scalers = torch.amp.GradScaler("cpu", init_scale=2.0), torch.amp.GradScaler("cpu", init_scale=2.0)
+    for images in (torch.full((2, 30), float("inf")), torch.ones(2, 30)):
+        for network, optimizer, scaler in zip((model, slow), (weights, unfused), scalers, strict=True):
+            optimizer.zero_grad()
+            scaler.scale(network(images).sum()).backward()
+            holes = [torch.full_like(p, 1e30) for p in network.parameters() for _ in range(64)]
+            del holes  # what is allocated next, and not written, holds this
+            scaler.step(optimizer)
+            scaler.update()
+    for p, q in zip(model.parameters(), slow.parameters(), strict=True):
+        assert p.isfinite().all()
+        torch.testing.assert_close(p, q)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -267,10 +267,13 @@ def gpu_of_a_worker(folder, workers):
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-@pytest.mark.parametrize("named, expected", [("", "0 0 1"), ("5,GPU-7", "5 5 GPU-7"), ("3,4,5", "3 3 4")])
+@pytest.mark.parametrize("named, expected", [(None, "0 0 1"), ("5,GPU-7", "5 5 GPU-7"), ("3,4,5", "3 3 4")])
 def test_workers_take_the_gpus_in_turn(named, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert executors.processes_here() == 2
     with executors.local_workers(3) as workers:
         pool = workers.submit.func.__self__
@@ -278,8 +281,16 @@ def test_workers_take_the_gpus_in_turn(named, expected, monkeypatch, tmp_path):
         assert sorted(future.result() for future in told) == expected.split()
 
 
+def test_each_mig_instance_is_a_gpu_of_its_own_though_cuda_shows_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    assert executors.gpus() == ["MIG-a", "MIG-b"]
+
+
 def test_without_a_gpu_workers_are_as_many_as_cores_and_nothing_is_hidden(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # of a driver that is too old to use it
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert executors.processes_here() == executors.cores()
     with executors.local_workers(1) as workers:

@@ -90,6 +90,16 @@ def test_a_diverging_cross_entropy_is_blamed():
         train_one_epoch(model, batches, penalty, *optimizers, device=CPU)
 
 
+def test_the_penalty_is_blamed_where_a_lam_was_zero():
+    model, batches = toy()
+    batches[1] = (batches[1][0] * float("inf"), batches[1][1])
+    penalty = HALO(penalized_parameters(model), xi=1e-20, psi=0)
+    next(penalty.parameters()).data.zero_()
+    optimizers = [sgd(model.parameters(), 0.1), LambdaSGD(penalty, lr=0.1)]
+    with pytest.raises(NonFiniteLossError, match=r"the penalty did it.*smallest \|lam\| 0 when"):
+        train_one_epoch(model, batches, penalty, *optimizers, device=CPU)
+
+
 @pytest.mark.parametrize("make", [lambda p: HALO(p, xi=1e20, psi=0, lambda_init=1e-18), lambda p: L1(p, xi=1e38)])
 def test_a_diverging_penalty_is_blamed(make):
     model, batches = toy()

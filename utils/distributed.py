@@ -7,11 +7,14 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+PATIENCE = timedelta(minutes=30)  # that the others wait for rank 0 to download and read; nccl's own are ten
 
 
 class ReplicasDifferError(ArithmeticError):
@@ -44,7 +47,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
         return
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         yield
         dist.barrier()  # nobody hangs up while another is still writing
     except RuntimeError as error:

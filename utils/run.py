@@ -65,8 +65,9 @@ def run_script(
 
 
 def is_lack_of_memory(error: RuntimeError) -> bool:
-    """Tell whether torch found too little memory; on the CPU it has no type of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Tell whether torch found too little memory, or a GPU that others have taken; often it has no type for that."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "busy or unavailable")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def set_seed(seed: int) -> torch.Generator:
@@ -100,8 +101,7 @@ def choose_device(name: str) -> torch.device:
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         started = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         if started > gpus:
-            remedy = f"start {gpus}, or give --device cpu"
-            raise OptionError(f"{started} processes need a GPU each, and here are {gpus}: {remedy}")
+            raise OptionError(f"{started} processes need a GPU each, only {gpus} seen: start {gpus}, or --device cpu")
         torch.cuda.set_device(local)  # torchrun: one GPU a process
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         return torch.device("cuda", torch.cuda.current_device())

@@ -60,7 +60,7 @@ class CompiledStep:
             return False
         for index, (w, strides) in enumerate(zip(self._weights, self._strides, strict=True)):
             grad = w.grad
-            if grad is None or grad.stride() != strides:
+            if grad is None or grad.stride() != strides or grad.dtype != w.dtype:
                 return False
             self._columns[1][index] = grad.data_ptr()
         return True

@@ -93,7 +93,7 @@ class LambdaSGD(SGD):
 class FusedHALO(LambdaSGD):
     """`LambdaSGD` for HALO in one pass over memory, without a gradient of lam.
 
-    fp32 on CPU runs halo_step.cpp, anything else halo_step.py, on pieces that stay in cache; benchmarks/ compares them.
+    fp32 on CPU runs halo_step.cpp, anything else halo_step.py; benchmarks/ compares them.
     The state is that of `LambdaSGD`, so each continues the checkpoint of the other.
 
     Args:
@@ -218,6 +218,8 @@ class FusedHALO(LambdaSGD):
                 raise ValueError(
                     f"the weights are now {w.dtype} on {w.device}: build FusedHALO after moving the network"
                 )
+            if self._kernel and w.grad is not None and w.grad.dtype != w.dtype:  # the kernel would read beyond it
+                raise ValueError(f"the gradient of {name!r} is {w.grad.dtype}, the weight {w.dtype}: use LambdaSGD")
             if lam.stride() != w.stride():  # the network got another layout
                 lam.data = aligned(lam.data, w)
                 self._kernel = self._kernel if is_dense(w) else None

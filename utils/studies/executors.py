@@ -47,10 +47,15 @@ def cores() -> int:
 
 
 def gpus() -> list[str]:
-    """Return the CUDA devices that this process may use, each as the variable CUDA_VISIBLE_DEVICES names it."""
-    count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+    """Return the CUDA devices that this process may use, each as the variable CUDA_VISIBLE_DEVICES names it.
+
+    Of the MIG instances of a GPU CUDA shows one to a process; each worker can have another.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if count and named[0].startswith("MIG-"):
+        return named
+    return named[:count] if named[0] else [str(number) for number in range(count)]
 
 
 def processes_here() -> int:

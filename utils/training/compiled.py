@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from utils.halo.native import find_compiler
 from utils.logger import one_line, warn
 
-CACHE = Path.home() / ".cache" / "halo" / "inductor"
+CACHE = Path("~/.cache/halo/inductor")
 
 
 class CompiledNetwork:
@@ -69,7 +69,8 @@ def use_cache() -> None:
     """Let compiled code outlive a restart, which empties the temporary folder where torch would keep it."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # else it warns that there is no GPU
     try:
-        CACHE.mkdir(parents=True, exist_ok=True)
-    except OSError:
+        folder = CACHE.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a full or read-only disk; no home
         return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -144,7 +144,7 @@ class LossWatch:
         """
         before, penalty = self.smallest_before, self.penalty
         lambdas_finite = all(lam.isfinite().all() for lam in penalty.lambdas.values())
-        steep = penalty.strength(torch.tensor(before or 1.0)) > 10
+        steep = penalty.strength(torch.tensor(1.0 if before is None else before)) > 10
         if not lambdas_finite or steep:
             cause = "the penalty did it: raise --lambda_init, lower --xi or --reg_lr"
         else:

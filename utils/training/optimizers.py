@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
@@ -19,9 +20,22 @@ def make_optimizers(
 ) -> tuple[list[SGD], list[MultiStepLR]]:
     """Return the optimizer of the weights and, if something is learned, that of lam; and the schedule of each."""
     weights = SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd, fused=True)
+    if args.amp == "fp16" and args.momentum:
+        begin_at_rest_(weights)
     optimizers = [weights, *make_lambda_sgd(penalty, weights, args)]
     both = milestones(args.schedule, released=args.released_lr)
     return optimizers, [MultiStepLR(o, m, gamma=args.gamma) for o, m in zip(optimizers, both, strict=False)]
+
+
+def begin_at_rest_(optimizer: SGD) -> None:
+    """Give an SGD momenta of zero, in place, which mean the same as none.
+
+    Fused SGD makes missing ones in its first step, and leaves them uninitialised where gradients overflowed, so that a
+    scaler has it leave that step out (torch 2.14).
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 def milestones(schedule: Sequence[int], *, released: bool) -> tuple[list[int], list[int]]:

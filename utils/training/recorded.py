@@ -25,11 +25,10 @@ PLAIN_STEPS = WATCHED_STEPS + 1
 def can_record(args: argparse.Namespace, device: torch.device) -> bool:
     """Return whether the steps of a run may be recorded.
 
-    Not those of a network of your own, whose forward pass may decide something on the host; not with fp16, where the
-    host looks at every step; not those of several processes.
+    Not those of a network of your own, whose forward pass may decide something on the host. Not with fp16, and not
+    those of several processes: neither was tried.
     """
-    decided_on_the_host = args.arch not in ARCHS or args.amp == "fp16"
-    return device.type == "cuda" and processes() == 1 and not decided_on_the_host
+    return device.type == "cuda" and processes() == 1 and args.arch in ARCHS and args.amp != "fp16"
 
 
 def record_cuda_graph(function: Callable[[], None]) -> Callable[[], None]:

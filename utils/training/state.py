@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from utils.training.dataset import Dataset
     from utils.training.experiment import Experiment
 
-# Options that a resumed run may change: none of them alters what an epoch computes, beyond the order of sums.
+# Options that a resumed run may change: none of them alters what an epoch computes, beyond the order of sums (but for
+# device where a network of your own draws random numbers on it).
 FREE_ON_RESUME = {
     *("epochs", "data", "save_dir", "device", "test_batch", "overwrite", "resume", "evaluate", "compile", "no_test")
 }
