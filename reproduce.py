@@ -52,8 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="seeds (default: the study's)",
     )
-    text = "runs at a time (default: one a GPU; without any, one a core)"
-    parser.add_argument("--jobs", type=options.whole(1), metavar="N", help=text)
+    parser.add_argument("--jobs", type=options.whole(1), metavar="N", help="runs at a time (default: one a GPU/core)")
     text = "run the jobs on the workers of this Dask cluster (docs/many_machines.md)"
     parser.add_argument("--scheduler", metavar="ADDRESS", help=text)
     text = "do part I of N, the others elsewhere at the same time (docs/many_machines.md)"
