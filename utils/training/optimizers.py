@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-from utils.halo.lambda_sgd import FusedHALO, LambdaSGD
+from utils.halo.lambda_sgd import FusedHALO, LambdaSGD, velocity_of
 from utils.halo.penalties import HALO, Penalty
 from utils.logger import warn
 
@@ -35,7 +34,7 @@ def begin_at_rest_(optimizer: SGD) -> None:
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            velocity_of(optimizer, p)
 
 
 def milestones(schedule: Sequence[int], *, released: bool) -> tuple[list[int], list[int]]:
