@@ -204,7 +204,8 @@ def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
         lines.append(f"{', '.join(own)} {text}.")
     failed = sorted({f"{row['method']} {row['coefficients']}, seed {seed}" for row in rows for seed in _failed(row)})
     if failed:
-        lines.append(f"Failed to learn (less than half the best top-1 before pruning): {'; '.join(failed)}.")
+        lost = "Failed to learn, or lost it in a cut during training (at its end less than half the best top-1)"
+        lines.append(f"{lost}: {'; '.join(failed)}.")
     return [*lines, ""]
 
 
