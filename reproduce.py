@@ -66,7 +66,7 @@ def list_studies() -> dict:
     """Print the studies there are; return their titles by name."""
     titles = {path.stem: load_study(path).title for path in sorted(STUDIES.glob("*.json"))}
     for name, title in titles.items():
-        say(f"{name:<24}{title}")
+        say(f"{name:<{max(map(len, titles))}}  {title}")
     return titles
 
 

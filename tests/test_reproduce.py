@@ -346,8 +346,11 @@ def test_a_missing_study_says_where_to_look(fails_in, options):
 
 
 def test_every_study_here_can_be_read(capsys):
-    studies = {"cifar100_resnet50", "cifar10_resnet20", "cifar10_resnet20_short", "mnist_lenet300", "mnist_lenet5"}
-    assert set(run("--list")) == studies
+    studies = ["cifar100_resnet50", "cifar100_resnet50_quarter", "cifar10_resnet20", "cifar10_resnet20_short"]
+    studies += ["cifar10_vgg16", "mnist_lenet300", "mnist_lenet5"]
+    assert list(run("--list")) == studies
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == studies, "a space between name and title"
 
 
 def grid(**values):
