@@ -15,11 +15,11 @@ from conftest import ROOT
 
 import reproduce
 from utils.logger import duration
-from utils.run import portable_path
+from utils.run import portable_path, read_json, write_json
 from utils.studies import executors
 from utils.studies.jobs import jobs_before, tuning_jobs
-from utils.studies.measurements import read_accuracies
-from utils.studies.progress import committed_seconds, to_come
+from utils.studies.measurements import read_accuracies, read_seconds
+from utils.studies.progress import Progress, committed_seconds, to_come
 from utils.studies.report import tried
 from utils.studies.study import choose, held_out_accuracy, load_study, on_edge, run_folder
 
@@ -130,6 +130,23 @@ def test_the_estimate_counts_only_runs_to_train(done, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out/none/plain/seed2")
     run(path, "--out", tmp_path / "out", "--jobs", 1, "--dry_run")
     assert "2 to do, 1 to train, about 10 min" in capsys.readouterr().out
+
+
+def test_the_estimate_counts_the_epochs_before_a_stop(done, tmp_path):
+    """A run that was stopped just before its end, and went on, took all its epochs and not the seconds since then."""
+    path, out = done
+    shutil.copytree(out, tmp_path / "out")
+    job = tuning_jobs(load_study(path), tmp_path / "out", "data")[0]
+    summary = job.folder / "run" / "summary.json"
+    write_json(summary, read_json(summary) | {"seconds": 600.0})
+    (tmp_path / "out" / "seconds.json").unlink(missing_ok=True)
+    progress = Progress([job], tmp_path / "out", processes=1)
+    progress.untrained = {job}
+    progress.add(job, 2.0, 1)
+    assert read_seconds(tmp_path / "out" / "seconds.json") == {str(job): 600.0}
+    progress.untrained = {job}
+    progress.add(job, 700.0, 1)
+    assert read_seconds(tmp_path / "out" / "seconds.json") == {str(job): 700.0}
 
 
 def test_the_runs_to_come_are_counted(tmp_path, capsys):

@@ -11,7 +11,7 @@ from statistics import mean
 from utils.logger import duration, say
 from utils.run import REPOSITORY, read_json, write_json
 from utils.studies.jobs import Job, final_jobs, is_trained, jobs_before, tuning_jobs
-from utils.studies.measurements import read_accuracies, read_seconds
+from utils.studies.measurements import read_accuracies, read_seconds, read_summary
 from utils.studies.methods import Config
 from utils.studies.study import Study, run_folder
 
@@ -65,6 +65,12 @@ def _before_tuning(study: Study, out: Path) -> tuple[int, int]:
     return fewest + (before[0] if fewest else 0), most + sum(before[-len(ratios) :])
 
 
+def seconds_of_epochs(job: Job) -> float:
+    """Return the seconds of all epochs of a run, those before a stop included; 0 where it is not trained."""
+    summary = read_summary(job.folder / "run" / "summary.json")
+    return summary["seconds"] if summary else 0.0
+
+
 class Progress:
     """Counts what is done of a phase and estimates the rest: training takes the time, pruning hardly any.
 
@@ -99,7 +105,8 @@ class Progress:
         if job in self.untrained:
             self.untrained.remove(job)
             if seconds is not None:
-                self.mine[str(job)] = self.seconds[str(job)] = seconds / job.config.part  # of a run of all epochs
+                whole = max(seconds, seconds_of_epochs(job)) / job.config.part  # as if of a run of all epochs
+                self.mine[str(job)] = self.seconds[str(job)] = whole
                 write_json(self.path, self.mine)
         accuracies = read_accuracies(job.measurement("global") / "prune.json")
         text = ", ".join(f"{ratio:g}: {value:.2f}" for ratio, value in accuracies.items()) or "trained"
