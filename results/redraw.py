@@ -48,12 +48,14 @@ COMPARED = {
         "halo_1e-4_1e-4": "HALO, xi 1e-4, psi 1e-4",
     },
 }
-# The networks that a study chose at a ratio: the run that each is, and its file, pruned.
+# Single networks of a study: the run that each is, and its file, pruned, if it is kept.
 CHOSEN = {
     "results/replication/mnist_lenet300/chosen_0.95": ("HALO/xi3e-05_psi3e-05/seed1", "mnist_lenet300_halo_0.95"),
     "results/replication/mnist_lenet300/chosen_0.99": ("HALO/xi3e-06_psi0.0003/seed1", "mnist_lenet300_halo_0.99"),
     "results/replication/mnist_lenet5/chosen_0.99": ("HALO/xi1e-05_psi0.001/seed1", "mnist_lenet5_halo_0.99"),
     "results/replication/cifar10_resnet20/chosen_0.98": ("HALO/xi0.0001_psi0.0001/seed1", "cifar10_resnet20_halo_0.98"),
+    "results/replication/cifar10_vgg16/chosen_0.95": ("HALO/xi1e-08_psi1e-08/seed1", "cifar10_vgg16_halo_0.95"),
+    "results/replication/cifar100_resnet50/halo_1e-8": ("HALO/xi1e-08_psi1e-08/seed1", None),
 }
 
 
@@ -78,14 +80,15 @@ def call(*command: str | Path) -> None:
 
 
 def curves(folder: Path, name: str) -> None:
-    """Draw curves.png."""
-    with open(folder / "log.csv", newline="") as file:
+    """Draw curves.png of a run, or of one network of a study."""
+    run = folder.parent / CHOSEN[name][0] / "run" if name in CHOSEN else folder
+    with open(run / "log.csv", newline="") as file:
         rows = [{key: float(v) if v else v for key, v in row.items()} for row in csv.DictReader(file)]
-    draw_curves(folder, rows, read_json(folder / "config.json")["arguments"])
+    draw_curves(folder, rows, read_json(run / ("summary.json" if name in CHOSEN else "config.json"))["arguments"])
 
 
 def regularization(folder: Path, name: str) -> None:
-    """Draw regularization.png of a run, or of a network that a study chose."""
+    """Draw regularization.png of a run, or of one network of a study."""
     if name in CHOSEN:
         summary = read_json(folder.parent / CHOSEN[name][0] / "run" / "summary.json")
         draw_regularization(folder, summary["final"], summary["arguments"])

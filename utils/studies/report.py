@@ -196,12 +196,13 @@ def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
         f"Coefficients were chosen with seed {_numbers(study.tune_seeds)} on held-out training images"
         + (f"; on the test images n = {len(seeds)} (seeds {_numbers(seeds)}){fewer}." if seeds else "."),
         f"Configurations tried for each ratio: {_counts(study, out)}.",
-        f"{len(seconds)} runs were trained, in {duration(sum(seconds))} taken together, evaluation included.",
+        f"{len(seconds)} run{' was' if len(seconds) == 1 else 's were'} trained, in {duration(sum(seconds))} taken "
+        "together, evaluation included.",
     ]
     own = [method for method in study.methods if study.of_method(method)[0].kind != "once"]
     if own:
-        text = "have their zeros before training ends, each ratio in a run of its own with as many epochs in all"
-        lines.append(f"{', '.join(own)} {text}.")
+        text = "zeros before training ends, each ratio in a run of its own with as many epochs in all"
+        lines.append(f"{', '.join(own)} {'has its' if len(own) == 1 else 'have their'} {text}.")
     failed = sorted({f"{row['method']} {row['coefficients']}, seed {seed}" for row in rows for seed in _failed(row)})
     if failed:
         lost = "Failed to learn, or lost it in a cut during training (at its end less than half the best top-1)"
