@@ -132,6 +132,25 @@ def test_the_estimate_counts_only_runs_to_train(done, tmp_path, capsys):
     assert "2 to do, 1 to train, about 10 min" in capsys.readouterr().out
 
 
+def test_the_estimate_leaves_out_epochs_that_are_done(done, tmp_path, capsys):
+    """Of two runs to train one stands at the first of its two epochs, once its checkpoint is there."""
+    path, out = done
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "seconds.json").write_text(json.dumps({"a": 600.0}))
+    shutil.rmtree(tmp_path / "out/none/plain/seed2")
+    begun = tmp_path / "out/none/plain/seed1"
+    shutil.rmtree(begun / "test")
+    (begun / "run" / "final.pth.tar").unlink()
+    log = begun / "run" / "log.csv"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    checkpoint = (begun / "run" / "checkpoint.pth.tar").rename(tmp_path / "kept")
+    run(path, "--out", tmp_path / "out", "--jobs", 1, "--dry_run")
+    assert "2 to do, 2 to train, about 20 min" in capsys.readouterr().out
+    checkpoint.rename(begun / "run" / "checkpoint.pth.tar")
+    run(path, "--out", tmp_path / "out", "--jobs", 1, "--dry_run")
+    assert "2 to do, 2 to train, about 15 min" in capsys.readouterr().out
+
+
 def test_the_estimate_counts_the_epochs_before_a_stop(done, tmp_path):
     """A run that was stopped just before its end, and went on, took all its epochs and not the seconds since then."""
     path, out = done

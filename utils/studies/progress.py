@@ -13,7 +13,7 @@ from utils.run import REPOSITORY, read_json, write_json
 from utils.studies.jobs import Job, final_jobs, is_trained, jobs_before, tuning_jobs
 from utils.studies.measurements import read_accuracies, read_seconds, read_summary
 from utils.studies.methods import Config
-from utils.studies.study import Study, run_folder
+from utils.studies.study import Study, run_folder, training_arguments
 
 
 def committed_seconds(study: Study) -> float | None:
@@ -71,6 +71,19 @@ def seconds_of_epochs(job: Job) -> float:
     return summary["seconds"] if summary else 0.0
 
 
+def share_left(job: Job) -> float:
+    """Return the share of a run's epochs that are still to train: it goes on from its checkpoint, if there is one."""
+    folder = job.folder / "run"
+    try:
+        rows = len((folder / "log.csv").read_text(errors="replace").splitlines()) - 1
+    except OSError:
+        return 1.0
+    if not (folder / "checkpoint.pth.tar").exists():  # its network was deleted, so it is trained again
+        return 1.0
+    epochs = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data).epochs
+    return 1 - min(max(rows, 0) / epochs, 1)
+
+
 class Progress:
     """Counts what is done of a phase and estimates the rest: training takes the time, pruning hardly any.
 
@@ -96,7 +109,7 @@ class Progress:
         each = mean(self.seconds.values()) if self.seconds else self.guess
         if each is None:
             return "unknown time (no run is finished yet)"
-        epochs = sum(job.config.part for job in self.untrained)  # as a multiple of the study's
+        epochs = sum(job.config.part * share_left(job) for job in self.untrained)  # as a multiple of the study's
         source = "" if self.seconds else ", by the runs of results/replication"
         return f"about {duration(epochs * each / self.processes)}{source}"
 
