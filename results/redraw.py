@@ -48,8 +48,8 @@ COMPARED = {
         "halo_1e-4_1e-4": "HALO, xi 1e-4, psi 1e-4",
     },
 }
-# Single networks of a study: the run that each is, and its file, pruned, if it is kept.
-CHOSEN = {
+# Single networks of a study: the run that each is, and its file in pretrained_models/, None where it is not kept.
+SINGLE = {
     "results/replication/mnist_lenet300/chosen_0.95": ("HALO/xi3e-05_psi3e-05/seed1", "mnist_lenet300_halo_0.95"),
     "results/replication/mnist_lenet300/chosen_0.99": ("HALO/xi3e-06_psi0.0003/seed1", "mnist_lenet300_halo_0.99"),
     "results/replication/mnist_lenet5/chosen_0.99": ("HALO/xi1e-05_psi0.001/seed1", "mnist_lenet5_halo_0.99"),
@@ -81,16 +81,16 @@ def call(*command: str | Path) -> None:
 
 def curves(folder: Path, name: str) -> None:
     """Draw curves.png of a run, or of one network of a study."""
-    run = folder.parent / CHOSEN[name][0] / "run" if name in CHOSEN else folder
+    run = folder.parent / SINGLE[name][0] / "run" if name in SINGLE else folder
     with open(run / "log.csv", newline="") as file:
         rows = [{key: float(v) if v else v for key, v in row.items()} for row in csv.DictReader(file)]
-    draw_curves(folder, rows, read_json(run / ("summary.json" if name in CHOSEN else "config.json"))["arguments"])
+    draw_curves(folder, rows, read_json(run / ("summary.json" if name in SINGLE else "config.json"))["arguments"])
 
 
 def regularization(folder: Path, name: str) -> None:
     """Draw regularization.png of a run, or of one network of a study."""
-    if name in CHOSEN:
-        summary = read_json(folder.parent / CHOSEN[name][0] / "run" / "summary.json")
+    if name in SINGLE:
+        summary = read_json(folder.parent / SINGLE[name][0] / "run" / "summary.json")
         draw_regularization(folder, summary["final"], summary["arguments"])
         return
     with open(folder / "log.csv", newline="") as file:
@@ -104,7 +104,9 @@ def layers(folder: Path, name: str) -> None:
     if report is not None:
         plots.plot_layers(report["layers"], folder / "layers.png", title=plots.layers_title(report))
         return
-    file = f"pretrained_models/{CHOSEN[name][1]}.halo"
+    if SINGLE[name][1] is None:
+        raise ValueError(f"{name}/layers.png cannot be drawn: its network is not kept in pretrained_models")
+    file = f"pretrained_models/{SINGLE[name][1]}.halo"
     config = load_checkpoint(REPOSITORY / file)["config"]
     model = ["-d", config["dataset"], "-a", config["arch"], *(["--depth", config["depth"]] if config["depth"] else [])]
     plot = ["--plot", folder / "layers.png", "--overwrite"]

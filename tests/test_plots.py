@@ -392,7 +392,9 @@ def test_every_committed_figure_has_its_data():
         if path.name == "accuracy_vs_sparsity.png":
             known = folder in module.COMPARED or any((path.parent / f).exists() for f in ("chosen.json", "prune.json"))
         elif path.name == "layers.png":
-            known = folder in module.CHOSEN or (path.parent / "check.json").exists()
+            known = module.SINGLE.get(folder, (None, None))[1] or (path.parent / "check.json").exists()
+        elif path.name == "curves.png" and folder in module.SINGLE:
+            known = (path.parent.parent / module.SINGLE[folder][0] / "run" / "log.csv").exists()
         else:
             known = path.name == "pareto.png" or (path.parent / NEEDED[path.name]).exists()
         assert known and path.name in module.DRAWN_BY, path
@@ -406,9 +408,22 @@ def test_every_committed_figure_has_its_data():
         ("results/mnist_lenet300/halo_1e-4_1e-4", "regularization.png"),
         ("results/cifar10_resnet20/none/pruned", "accuracy_vs_sparsity.png"),
         ("results/replication/mnist_lenet5/adaptivity/xi1e-05_psi0.001", "adaptivity.png"),
+        ("results/replication/cifar100_resnet50/halo_1e-8", "curves.png"),
+        ("results/replication/cifar100_resnet50/halo_1e-8", "regularization.png"),
     ],
 )
 def test_figures_are_drawn_again_from_what_is_committed(tmp_path, folder, name):
-    shutil.copytree(ROOT / folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.png"))
-    redraw().DRAWN_BY[name](tmp_path / "copy", folder)
-    assert (tmp_path / "copy" / name).read_bytes().startswith(b"\x89PNG")
+    module, copy = redraw(), tmp_path / "study" / "copy"
+    shutil.copytree(ROOT / folder, copy, ignore=shutil.ignore_patterns("*.png"))
+    if folder in module.SINGLE:  # its log is in the folder of its run
+        run = f"{module.SINGLE[folder][0]}/run"
+        (copy.parent / run).mkdir(parents=True)
+        for file in ("log.csv", "summary.json"):
+            shutil.copy((ROOT / folder).parent / run / file, copy.parent / run / file)
+    module.DRAWN_BY[name](copy, folder)
+    assert (copy / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_layers_of_a_network_that_is_not_kept_say_so(tmp_path):
+    with pytest.raises(ValueError, match="is not kept in pretrained_models"):
+        redraw().DRAWN_BY["layers.png"](tmp_path, "results/replication/cifar100_resnet50/halo_1e-8")

@@ -15,12 +15,12 @@ from conftest import ROOT
 
 import reproduce
 from utils.logger import duration
-from utils.run import portable_path, read_json, write_json
+from utils.run import portable_path
 from utils.studies import executors
 from utils.studies.jobs import jobs_before, tuning_jobs
 from utils.studies.measurements import read_accuracies, read_seconds
 from utils.studies.progress import Progress, committed_seconds, to_come
-from utils.studies.report import tried
+from utils.studies.report import tried, write_report
 from utils.studies.study import choose, held_out_accuracy, load_study, on_edge, run_folder
 
 STUDY = {
@@ -132,40 +132,60 @@ def test_the_estimate_counts_only_runs_to_train(done, tmp_path, capsys):
     assert "2 to do, 1 to train, about 10 min" in capsys.readouterr().out
 
 
-def test_the_estimate_leaves_out_epochs_that_are_done(done, tmp_path, capsys):
-    """Of two runs to train one stands at the first of its two epochs, once its checkpoint is there."""
-    path, out = done
-    shutil.copytree(out, tmp_path / "out")
-    (tmp_path / "out" / "seconds.json").write_text(json.dumps({"a": 600.0}))
-    shutil.rmtree(tmp_path / "out/none/plain/seed2")
-    begun = tmp_path / "out/none/plain/seed1"
-    shutil.rmtree(begun / "test")
-    (begun / "run" / "final.pth.tar").unlink()
-    log = begun / "run" / "log.csv"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
-    checkpoint = (begun / "run" / "checkpoint.pth.tar").rename(tmp_path / "kept")
-    run(path, "--out", tmp_path / "out", "--jobs", 1, "--dry_run")
-    assert "2 to do, 2 to train, about 20 min" in capsys.readouterr().out
-    checkpoint.rename(begun / "run" / "checkpoint.pth.tar")
-    run(path, "--out", tmp_path / "out", "--jobs", 1, "--dry_run")
-    assert "2 to do, 2 to train, about 15 min" in capsys.readouterr().out
+def half_done(job, *, checkpoint=True):
+    """Make the folder of a run that stands after the first of its two epochs."""
+    folder = job.folder / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.csv").write_text("epoch\n1\n")
+    if checkpoint:
+        (folder / "checkpoint.pth.tar").touch()
 
 
-def test_the_estimate_counts_the_epochs_before_a_stop(done, tmp_path):
-    """A run that was stopped just before its end, and went on, took all its epochs and not the seconds since then."""
-    path, out = done
-    shutil.copytree(out, tmp_path / "out")
-    job = tuning_jobs(load_study(path), tmp_path / "out", "data")[0]
-    summary = job.folder / "run" / "summary.json"
-    write_json(summary, read_json(summary) | {"seconds": 600.0})
-    (tmp_path / "out" / "seconds.json").unlink(missing_ok=True)
-    progress = Progress([job], tmp_path / "out", processes=1)
-    progress.untrained = {job}
-    progress.add(job, 2.0, 1)
-    assert read_seconds(tmp_path / "out" / "seconds.json") == {str(job): 600.0}
-    progress.untrained = {job}
-    progress.add(job, 700.0, 1)
-    assert read_seconds(tmp_path / "out" / "seconds.json") == {str(job): 700.0}
+def test_the_estimate_leaves_out_epochs_that_are_done(tmp_path, capsys):
+    path, out = write_study(tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / "seconds.json").write_text(json.dumps({"a": 600.0}))
+    job = tuning_jobs(load_study(path), out, "data")[0]
+    half_done(job, checkpoint=False)  # nothing to go on from
+    run(path, "--out", out, "--jobs", 1, "--dry_run")
+    assert "5 to train, about 50 min" in capsys.readouterr().out
+    half_done(job)
+    run(path, "--out", out, "--jobs", 1, "--dry_run")
+    assert "5 to train, about 45 min" in capsys.readouterr().out
+
+
+def test_the_seconds_of_a_run_that_went_on_are_those_of_a_whole_one(tmp_path):
+    """50 s for the second of two epochs are 100 s a run. One that only wrote its last files says nothing."""
+    path, out = write_study(tmp_path), tmp_path / "out"
+    half, ended, whole, *_ = tuning_jobs(load_study(path), out, "data")
+    half_done(half)
+    half_done(ended)
+    (ended.folder / "run" / "log.csv").write_text("epoch\n1\n2\n")
+    progress = Progress([half, ended, whole], out, processes=1)
+    for number, (job, seconds) in enumerate(((half, 50.0), (ended, 3.0), (whole, 80.0)), start=1):
+        progress.add(job, seconds, number)
+    assert read_seconds(out / "seconds.json") == {str(half): 100.0, str(whole): 80.0}
+
+
+def test_the_estimate_counts_the_part_of_a_run_before_a_cut(tmp_path):
+    """Of four epochs three come before the cut: its first done, two thirds of three quarters are left."""
+    finetune = {"finetune": {"share": [0.75], "lr": [0.01]}}
+    changes = {"options": STUDY["options"] | {"epochs": 4}, "methods": {"cut": finetune}, "controls": []}
+    path, out = write_study(tmp_path, **changes), tmp_path / "out"
+    (first,) = jobs_before(tuning_jobs(load_study(path), out, "data"))
+    half_done(first)
+    progress = Progress([first], out, processes=1, guess=600.0)
+    assert progress.estimate().startswith("about 5 min")
+    progress.add(first, 100.0, 1)
+    assert read_seconds(out / "seconds.json") == {str(first): pytest.approx(200.0)}
+
+
+def test_one_run_is_one_run(done, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done[1] / "none/plain/seed1", out / "none/plain/seed1")
+    methods = {"none": {"penalty": "none"}}
+    write_report(load_study(write_study(tmp_path, methods=methods, controls=[])), out, command="a command")
+    assert "\n1 run was trained, in " in (out / "table.md").read_text()
 
 
 def test_the_runs_to_come_are_counted(tmp_path, capsys):

@@ -305,3 +305,20 @@ def test_what_cannot_be_meant_is_one_line_before_the_first_run(changes, says, tm
     path = write_study(tmp_path, **changes)
     status, line = fails_in(reproduce, path, "--out", tmp_path / "out", "--dry_run")
     assert status == 1 and says in line and str(path) in line and not (tmp_path / "out").exists()
+
+
+def test_a_method_of_which_nothing_was_run_is_said_to_be_so_and_counted_nowhere(done, tmp_path):
+    path, out, _ = done
+    shutil.copytree(out, tmp_path / "out")
+    for method in ("GMP", "HALO+finetune"):
+        shutil.rmtree(tmp_path / "out" / method)
+    write_report(load_study(path), tmp_path / "out", command="a command")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "Configurations tried for each ratio: L1 1, HALO+GMP 1, L1+finetune 2." in text
+    assert "\nHALO+GMP, L1+finetune have their zeros before training ends" in text
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.endswith("not run |")}
+    assert set(rows) == {"GMP", "HALO+finetune"}
+    assert "| L1+finetune | xi1e+30_share0.5 | diverged or failed |" in text
+    shutil.rmtree(tmp_path / "out" / "L1+finetune")
+    write_report(load_study(path), tmp_path / "out", command="a command")
+    assert "\nHALO+GMP has its zeros before training ends" in (tmp_path / "out" / "table.md").read_text()

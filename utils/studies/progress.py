@@ -11,9 +11,11 @@ from statistics import mean
 from utils.logger import duration, say
 from utils.run import REPOSITORY, read_json, write_json
 from utils.studies.jobs import Job, final_jobs, is_trained, jobs_before, tuning_jobs
-from utils.studies.measurements import read_accuracies, read_seconds, read_summary
+from utils.studies.measurements import read_accuracies, read_seconds
 from utils.studies.methods import Config
 from utils.studies.study import Study, run_folder, training_arguments
+
+MOST = 0.5  # share of the epochs of a run below which its seconds, beginning and measuring included, tell little
 
 
 def committed_seconds(study: Study) -> float | None:
@@ -65,12 +67,6 @@ def _before_tuning(study: Study, out: Path) -> tuple[int, int]:
     return fewest + (before[0] if fewest else 0), most + sum(before[-len(ratios) :])
 
 
-def seconds_of_epochs(job: Job) -> float:
-    """Return the seconds of all epochs of a run, those before a stop included; 0 where it is not trained."""
-    summary = read_summary(job.folder / "run" / "summary.json")
-    return summary["seconds"] if summary else 0.0
-
-
 def share_left(job: Job) -> float:
     """Return the share of a run's epochs that are still to train: it goes on from its checkpoint, if there is one."""
     folder = job.folder / "run"
@@ -100,7 +96,7 @@ class Progress:
     ) -> None:
         self.jobs, self.path, self.processes = jobs, out / f"seconds{part}.json", processes
         self.left, self.guess = [job for job in jobs if not job.done], guess
-        self.untrained = {job for job in self.left if not job.trained}
+        self.untrained = {job: share_left(job) for job in self.left if not job.trained}
         self.mine = read_seconds(self.path)
         self.seconds = {key: value for path in out.glob("seconds*.json") for key, value in read_seconds(path).items()}
 
@@ -115,12 +111,11 @@ class Progress:
 
     def add(self, job: Job, seconds: float | None, number: int) -> None:
         """Record a finished job and say so; without seconds it was done elsewhere, or given up."""
-        if job in self.untrained:
-            self.untrained.remove(job)
-            if seconds is not None:
-                whole = max(seconds, seconds_of_epochs(job)) / job.config.part  # as if of a run of all epochs
-                self.mine[str(job)] = self.seconds[str(job)] = whole
-                write_json(self.path, self.mine)
+        share = self.untrained.pop(job, 0)
+        if seconds is not None and share >= MOST:
+            whole = seconds / (job.config.part * share)  # as of a run of all epochs
+            self.mine[str(job)] = self.seconds[str(job)] = whole
+            write_json(self.path, self.mine)
         accuracies = read_accuracies(job.measurement("global") / "prune.json")
         text = ", ".join(f"{ratio:g}: {value:.2f}" for ratio, value in accuracies.items()) or "trained"
         failed = read_json(job.folder / "failed.json")

@@ -145,16 +145,23 @@ def tuned(study: Study, out: Path) -> dict[str, dict[str, dict[float, float]]]:
     return {m: {c.name: held_out_accuracy(study, out, c) for c in study.of_method(m)} for m in study.methods}
 
 
-def _tuning(study: Study, found: dict[str, dict[str, dict[float, float]]]) -> list[str]:
+def _tuning(study: Study, out: Path, found: dict[str, dict[str, dict[float, float]]]) -> list[str]:
     lines = ["## Tuning: top-1 on the held-out images", ""]
     lines += ["| method | coefficients | dense | " + " | ".join(f"{ratio:g}" for ratio in study.percent) + " |"]
     lines.append("|---" * (len(study.percent) + 3) + "|")
     for method, configs in found.items():
         for name, accuracy in configs.items():
             cells = [f"{accuracy[ratio]:.2f}" if ratio in accuracy else "" for ratio in (0.0, *study.percent)]
-            cells = cells if accuracy else ["diverged, failed or not run"]
+            cells = cells if accuracy else [_without_accuracy(study, out, method, name)]
             lines.append(f"| {method} | {name} | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _without_accuracy(study: Study, out: Path, method: str, name: str) -> str:
+    """Say why a configuration has no accuracy on the held-out images."""
+    runs = [run for c in study.of_method(method) if c.name == name for run in c.runs(study.percent)]
+    folders = [run_folder(out, run, seed) for run in runs for seed in study.tune_seeds]
+    return "diverged or failed" if any((folder / "failed.json").exists() for folder in folders) else "not run"
 
 
 def held_out_points(study: Study, out: Path) -> dict[str, list[tuple[float, float]]]:
@@ -199,7 +206,8 @@ def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
         f"{len(seconds)} run{' was' if len(seconds) == 1 else 's were'} trained, in {duration(sum(seconds))} taken "
         "together, evaluation included.",
     ]
-    own = [method for method in study.methods if study.of_method(method)[0].kind != "once"]
+    counts = tried(study, out)
+    own = [method for method in study.methods if study.of_method(method)[0].kind != "once" and max(counts[method])]
     if own:
         text = "zeros before training ends, each ratio in a run of its own with as many epochs in all"
         lines.append(f"{', '.join(own)} {'has its' if len(own) == 1 else 'have their'} {text}.")
@@ -212,7 +220,8 @@ def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
 
 def _counts(study: Study, out: Path) -> str:
     """Say how many configurations each method had, from the ratio with the fewest to that with the most."""
-    spans = {m: " to ".join(map(str, dict.fromkeys((min(n), max(n))))) for m, n in tried(study, out).items()}
+    counts = {method: n for method, n in tried(study, out).items() if max(n)}
+    spans = {method: " to ".join(map(str, dict.fromkeys((min(n), max(n))))) for method, n in counts.items()}
     return ", ".join(f"{method} {span}" for method, span in spans.items())
 
 
@@ -248,7 +257,7 @@ def write_report(study: Study, out: Path, *, command: str) -> dict:
     for scheme in CONTROLS:
         if rows[scheme]:
             text += top1_table(rows[scheme], f"Control: {scheme} pruning of the same networks")
-    text += _tuning(study, found)
+    text += _tuning(study, out, found)
     write_text(out / "table.md", "\n".join(text))
     write_csv(out / "table.csv", [{"scheme": s} | _as_text(row) for s, of_scheme in rows.items() for row in of_scheme])
     if rows["global"]:
