@@ -15,7 +15,7 @@ from utils.studies.measurements import read_accuracies, read_seconds
 from utils.studies.methods import Config
 from utils.studies.study import Study, run_folder, training_arguments
 
-MOST = 0.5  # share of the epochs of a run below which its seconds, beginning and measuring included, tell little
+LEAST_SHARE = 0.5  # of a run's epochs: the seconds of fewer, beginning and measuring included, tell little
 
 
 def committed_seconds(study: Study) -> float | None:
@@ -104,7 +104,7 @@ class Progress:
         """Say how long the runs to train will take, going by the mean of those trained here, else by the guess."""
         each = mean(self.seconds.values()) if self.seconds else self.guess
         if each is None:
-            return "unknown time (no run is finished yet)"
+            return "unknown time (no run was timed yet)"
         epochs = sum(job.config.part * share_left(job) for job in self.untrained)  # as a multiple of the study's
         source = "" if self.seconds else ", by the runs of results/replication"
         return f"about {duration(epochs * each / self.processes)}{source}"
@@ -112,7 +112,7 @@ class Progress:
     def add(self, job: Job, seconds: float | None, number: int) -> None:
         """Record a finished job and say so; without seconds it was done elsewhere, or given up."""
         share = self.untrained.pop(job, 0)
-        if seconds is not None and share >= MOST:
+        if seconds is not None and share >= LEAST_SHARE:
             whole = seconds / (job.config.part * share)  # as of a run of all epochs
             self.mine[str(job)] = self.seconds[str(job)] = whole
             write_json(self.path, self.mine)
