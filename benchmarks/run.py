@@ -7,8 +7,10 @@ Prints tables in Markdown; leaves results.json, tables.md and scaling.png in --s
 """
 
 import argparse
+import concurrent.futures
 import json
 import multiprocessing
+import resource
 import statistics
 import sys
 from collections.abc import Callable
@@ -36,6 +38,7 @@ from utils.training.augment import Loader
 from utils.training.compiled import CompiledNetwork
 from utils.training.epoch import train_one_epoch
 from utils.training.loading import memory_format
+from utils.training.memory import keep_freed_memory
 from utils.training.precision import Precision
 
 CPU = torch.device("cpu")
@@ -206,8 +209,21 @@ def bench_scaling() -> dict[str, list[dict]]:
     return {"Cost against the number of parameters": table}
 
 
-def peak_memory(form: str, pipe: object) -> None:
-    """Send the peak memory in bytes of a fresh process that trains VGG-16 for three steps."""
+def in_process(function: Callable, *arguments: object) -> object:
+    """Return what a function returns in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_memory() -> int:
+    """Return the peak memory of this process in bytes. Not by getrusage, whose maximum begins with the parent's."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].split()[0])
+
+
+def peak_of_steps(form: str) -> int:
+    """Train VGG-16 for three steps; return the peak memory in bytes."""
     training = Training("VGG-16", halo=form != "plain")
     if form == "naive":
         naive = NaiveTraining(training.model, training.penalty)
@@ -217,21 +233,15 @@ def peak_memory(form: str, pipe: object) -> None:
         step = step_of(training, training.lam_optimizers[0].step if form == "halo" else None)
     for _ in range(3):
         step()
-    # Not getrusage, whose maximum begins with that of the parent.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    pipe.send(1024 * int(status["VmHWM"].split()[0]))
+    return peak_memory()
 
 
 def bench_memory() -> dict[str, list[dict]]:
     """Compare the peak memory of whole processes, one for each form and repetition."""
-    context, peaks = multiprocessing.get_context("spawn"), {"plain": [], "halo": [], "naive": []}
+    peaks = {"plain": [], "halo": [], "naive": []}
     for _ in range(3):
         for form, values in peaks.items():
-            receiver, sender = context.Pipe()
-            child = context.Process(target=peak_memory, args=(form, sender))
-            child.start()
-            values.append(receiver.recv())
-            child.join()
+            values.append(in_process(peak_of_steps, form))
     weights = 4 * sum(p.numel() for p in penalized_parameters(build_model("vgg16_bn", 10)).values())
     plain = statistics.median(peaks["plain"])
     table = []
@@ -241,6 +251,38 @@ def bench_memory() -> dict[str, list[dict]]:
         table.append({"what": form, "n": 3, "peak MB": statistics.median(values) / 1e6, "min, max MB": spread})
         table[-1]["above plain, in copies of the weights"] = extra
     return {"Peak memory of a process, VGG-16, batch 64": table}
+
+
+def steps_with_malloc(name: str, options: dict, keep: bool) -> dict:
+    """Train for some steps on one core; return the seconds of one, the pages it was given, and the peak memory."""
+    torch.set_num_threads(1)
+    if keep and not keep_freed_memory():
+        raise OSError("malloc is not glibc's, or the environment (GLIBC_TUNABLES, MALLOC_*) tells it what to do")
+    training = Training(name, **options)
+    step = step_of(training, training.lam_optimizers[0].step)
+    interleave({"step": step}, repeats=5)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    seconds = interleave({"step": step}, repeats=10, warm_up=0)["step"]
+    pages = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10
+    return {"seconds": statistics.median(seconds), "pages a step": pages, "peak MB": peak_memory() / 1e6}
+
+
+def bench_malloc() -> dict[str, list[dict]]:
+    """Compare steps in processes that keep the memory which a step frees, and in others that return it."""
+    tables = {}
+    for options in ({}, {"amp": "bf16"}, {"amp": "bf16", "compiled": True}):
+        runs = {"returned to the system": [], "kept (default)": []}
+        for _ in range(5):
+            for keep, values in enumerate(runs.values()):
+                values.append(in_process(steps_with_malloc, "ResNet-50 (6n+2)", options, bool(keep)))
+        times = {what: [run["seconds"] for run in values] for what, values in runs.items()}
+        table = rows(times, reference="returned to the system", faster=True)
+        for row in table:
+            for column in ("pages a step", "peak MB"):
+                row[column] = statistics.median(run[column] for run in runs[row["what"]])
+        label = ", ".join(["bf16" if options else "fp32", *(["compiled"] if "compiled" in options else [])])
+        tables[f"Freed memory, one step of ResNet-50 (6n+2) with HALO, {label}, one core"] = table
+    return tables
 
 
 def bench_loader() -> dict[str, list[dict]]:
@@ -302,6 +344,7 @@ BENCHMARKS = {
     "penalty": bench_penalty,
     "scaling": bench_scaling,
     "memory": bench_memory,
+    "malloc": bench_malloc,
     "loader": bench_loader,
     "mnist": bench_mnist,
     "epoch": bench_epoch,

@@ -27,6 +27,7 @@ from utils.training import loading
 from utils.training.announce import compute_line, data_line, network_line
 from utils.training.compiled import CompiledNetwork
 from utils.training.dataset import Dataset
+from utils.training.memory import keep_freed_memory
 from utils.training.optimizers import make_optimizers
 from utils.training.outputs import write_outputs
 from utils.training.precision import Precision
@@ -144,6 +145,8 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
         OptionError: --train_batch has no image for one of the processes.
     """
     device = choose_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if args.train_batch < processes():
         raise OptionError(f"--train_batch {args.train_batch} is shared by {processes()} processes: give at least that")
     generator = set_seed(args.seed)

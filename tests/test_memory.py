@@ -1,0 +1,73 @@
+"""A training process keeps the memory that a step frees, and nothing else changes."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, train
+
+from utils.training.memory import keep_freed_memory
+
+PROGRAM = """
+import json, resource, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from utils.training.memory import keep_freed_memory
+
+torch.manual_seed(0)
+w = torch.randn(16, 16, 3, 3, requires_grad=True)
+images = torch.randn(32, 16, 32, 32)
+
+def step():  # the backward pass is in autograd's thread, which has memory of its own
+    x = images
+    for _ in range(8):
+        x = torch.nn.functional.conv2d(x, w, padding=1).relu() / 8
+    x.sum().backward()
+
+kept = keep_freed_memory()
+for _ in range(10):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(json.dumps([kept, pages, w.grad.flatten().tolist()]))
+"""
+DEFAULTS = {"GLIBC_TUNABLES": "glibc.malloc.check=0"}  # says of malloc what holds anyway
+glibc = pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="malloc is not glibc's"
+)
+
+
+def steps(**environment: str) -> tuple[bool, int, list[float]]:
+    """Return whether a new process keeps its memory, the pages that it was given in five steps, and its gradient."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    command = [sys.executable, "-c", PROGRAM, str(ROOT)]
+    done = subprocess.run(command, env=plain | environment, capture_output=True, text=True, check=True)
+    return tuple(json.loads(done.stdout))
+
+
+@glibc
+def test_steps_take_no_new_pages_and_compute_the_same():
+    kept, pages, gradient = steps()
+    left_alone, more, same = steps(**DEFAULTS)
+    assert kept and not left_alone
+    assert pages < 500 and more > 10_000  # here 0 and some 50,000
+    assert gradient == same
+
+
+@glibc
+@pytest.mark.parametrize("variable", ["MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_"])
+def test_what_the_environment_says_of_malloc_stays(variable, monkeypatch):
+    monkeypatch.setenv(variable, "1")
+    assert not keep_freed_memory()
+
+
+def test_training_on_a_cpu_keeps_its_memory(tiny, no_figures, monkeypatch):
+    calls = []
+    monkeypatch.setattr("utils.training.experiment.keep_freed_memory", lambda: calls.append("kept"))
+    train(*tiny, "--epochs", "1", "--schedule", "--device", "cpu")
+    assert calls == ["kept"]
