@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     """Have malloc keep what is freed: every step takes the same memory again, and the system hands it out page by page.
 
     By default glibc returns what lies free at the end of its memory, and the kernel clears it again at the next use:
-    4,000 to 26,000 pages a step of ResNet-50 (benchmarks/run.py --only malloc). The results do not change.
+    some 10,000 to 25,000 pages a step of ResNet-50 (benchmarks/run.py --only malloc). The results do not change.
 
     Returns:
         Whether malloc has been told; not so outside of Linux with glibc, or where the environment tells malloc itself.
