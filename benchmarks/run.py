@@ -10,7 +10,6 @@ import argparse
 import concurrent.futures
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 from collections.abc import Callable
@@ -255,9 +254,11 @@ def bench_memory() -> dict[str, list[dict]]:
 
 def steps_with_malloc(name: str, options: dict, keep: bool) -> dict:
     """Train for some steps on one core; return the seconds of one, the pages it was given, and the peak memory."""
+    import resource  # not on Windows
+
     torch.set_num_threads(1)
     if keep and not keep_freed_memory():
-        raise OSError("malloc is not glibc's, or the environment (GLIBC_TUNABLES, MALLOC_*) tells it what to do")
+        raise OSError("malloc is not glibc's, or the environment (GLIBC_TUNABLES, MALLOC_*) sets its thresholds")
     training = Training(name, **options)
     step = step_of(training, training.lam_optimizers[0].step)
     interleave({"step": step}, repeats=5)

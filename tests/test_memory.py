@@ -61,10 +61,21 @@ def test_steps_take_no_new_pages_and_compute_the_same():
 
 
 @glibc
-@pytest.mark.parametrize("variable", ["MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_"])
-def test_what_the_environment_says_of_malloc_stays(variable, monkeypatch):
-    monkeypatch.setenv(variable, "1")
-    assert not keep_freed_memory()
+@pytest.mark.parametrize(
+    ("variable", "value", "kept"),
+    [
+        ("MALLOC_TRIM_THRESHOLD_", "131072", False),
+        ("MALLOC_MMAP_THRESHOLD_", "131072", False),
+        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072", False),
+        ("MALLOC_ARENA_MAX", "2", True),
+    ],
+)
+def test_thresholds_of_the_environment_stay(variable, value, kept, monkeypatch):
+    for name in (*os.environ, "GLIBC_TUNABLES"):
+        if name.startswith(("MALLOC_", "GLIBC_TUNABLES")):
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    assert keep_freed_memory() == kept
 
 
 def test_training_on_a_cpu_keeps_its_memory(tiny, no_figures, monkeypatch):

@@ -17,13 +17,13 @@ def keep_freed_memory() -> bool:
     some 10,000 to 25,000 pages a step of ResNet-50 (benchmarks/run.py --only malloc). The results do not change.
 
     Returns:
-        Whether malloc has been told; not so outside of Linux with glibc, or where the environment tells malloc itself.
+        Whether malloc has been told; not so outside of Linux with glibc, or where the environment sets its thresholds.
 
     Note:
         It holds for the whole process, so the scripts call it, and `halo` in a loop of one's own does not. Blocks of
         more than 32 MiB are returned as before. The release left malloc as it is.
     """
-    variables = os.environ.get("GLIBC_TUNABLES", ""), *os.environ
-    told = any(text.startswith("MALLOC_") or "glibc.malloc" in text for text in variables)
+    said = " ".join([os.environ.get("GLIBC_TUNABLES", ""), *os.environ]).lower()
+    told = "trim_threshold" in said or "mmap_threshold" in said
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and not told else None
     return bool(mallopt and mallopt(M_TRIM_THRESHOLD, -1) and mallopt(M_MMAP_THRESHOLD, LARGEST))
