@@ -32,11 +32,11 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 --dist loadfile
 
 # The same tests with the oldest versions that requirements.txt allows, in an environment of their own.
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 3 --dist loadfile
 
 # Ten minutes of files that were changed at random, and a hundred kills; both state their counts (docs/robustness.md).
 fuzz: .venv/installed
