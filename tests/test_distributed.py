@@ -82,6 +82,14 @@ def test_two_processes_equal_one_and_another_number_continues(tmp_path):
     assert_close(one, mixed)
 
 
+def test_all_processes_test_the_best_network_that_the_first_has_written(tmp_path):
+    """After a single epoch nobody but the first has anything to do before it: the file is not there yet."""
+    options = [*LENET, "--epochs", 1, "--val_split", 100, "--save_dir"]
+    run_together(*options, tmp_path / "two")
+    alone = run_alone(*options, tmp_path / "one")["test_of_best"]
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["test_of_best"] == pytest.approx(alone, rel=1e-5)
+
+
 DROPOUT = """
 from torch import nn
 

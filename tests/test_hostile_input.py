@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 
 import pytest
@@ -208,6 +209,29 @@ def test_a_run_that_goes_on_elsewhere_can_be_continued_there_at_once(finished, i
     assert status == 1 and "best epoch so far (1)" in line and not (tmp_path / "other").exists()
     assert line.endswith("or give --no_test")
     train(*options, *more[:2], "--save_dir", tmp_path / "other")  # what the message says
+
+
+def test_a_run_that_goes_on_in_the_folder_of_another_leaves_nothing_of_it(finished, images, tmp_path):
+    options = ["-d", "folder", "--data", str(images), *TINY, "--halo", "--val_split", "6", "--no_test", "--epochs", 3]
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    (other / "notes.txt").write_text("mine")
+    train(*options, "--resume", finished / "checkpoint.pth.tar", "--save_dir", other, "--overwrite")
+    assert load_checkpoint(other / "final.pth.tar")["epoch"] == 3 and (other / "notes.txt").exists()
+    assert not (other / "init.pth.tar").exists()  # of the run that was there
+
+
+def test_the_best_network_of_epochs_that_are_trained_anew_goes(finished, images, tmp_path):
+    options = ["-d", "folder", "--data", str(images), *TINY, "--halo", "--val_split", "6", "--no_test"]
+    folder = tmp_path / "again"
+    shutil.copytree(finished, folder)
+    older = load_checkpoint(folder / "checkpoint.pth.tar")
+    for row, top1 in zip(older["history"], (90.0, 10.0), strict=True):
+        row["val_top1"] = top1
+    save_checkpoint(folder / "older.pth.tar", older)
+    save_checkpoint(folder / "model_best.pth.tar", load_checkpoint(folder / "model_best.pth.tar") | {"epoch": 7})
+    train(*options, "--resume", folder / "older.pth.tar", "--save_dir", folder)
+    assert not (folder / "model_best.pth.tar").exists()
 
 
 DAMAGED = {

@@ -81,6 +81,12 @@ def main_first() -> Iterator[None]:
         dist.barrier()
 
 
+def wait_for_all() -> None:
+    """Return when every process has come here, so that none reads what another is still writing."""
+    if processes() > 1:
+        dist.barrier()
+
+
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the network such that a backward pass leaves in every process the mean gradient over processes.
 

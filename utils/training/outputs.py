@@ -11,7 +11,7 @@ import numpy as np
 
 from models import with_depth
 from utils import plot_lambda, plots
-from utils.distributed import is_main
+from utils.distributed import is_main, wait_for_all
 from utils.files.atomic import atomic_write
 from utils.files.checkpoint import save_checkpoint
 from utils.logger import say
@@ -92,6 +92,7 @@ def test_best(run: Experiment) -> dict:
     """With held-out images, evaluate the best epoch's weights on the test images, once."""
     if run.held_out == "test" or run.args.no_test:
         return {}
+    wait_for_all()  # until rank 0 has written the file
     path = run.folder / "model_best.pth.tar"
     result = loading.evaluate_checkpoint(path, run.model, run.data, run.device, args=run.args)
     return {"test_of_best": result}

@@ -33,16 +33,22 @@ def begin_folder(run: Experiment) -> None:
         OSError: they cannot be written.
         CheckpointError: the run goes on in another folder, and its best network cannot be brought along.
     """
-    checkpoint = run.folder / "checkpoint.pth.tar"
-    own = run.args.resume and os.path.realpath(run.args.resume) == os.path.realpath(checkpoint)
+    checkpoint, best = run.folder / "checkpoint.pth.tar", run.folder / "model_best.pth.tar"
+    source = Path(os.path.realpath(run.args.resume or checkpoint))
+    own, here = run.args.resume and source == Path(os.path.realpath(checkpoint)), source.parent == run.folder.resolve()
+    brought = _best_before(run) if is_main() and not own else None
     try:
         if is_main():
+            if not own and not here:
+                clear_run(run.folder)  # of the run that --overwrite replaces
             described = describe(run.args, run.device) | describe_images(run.data) | describe_zeros(run)
             write_json(run.folder / "config.json", described)
             if run.epoch == 0:
                 save_checkpoint(run.folder / "init.pth.tar", network_state(run))
-            elif not own and run.best is not run.history[-1]:
-                _bring_best(run)
+            if brought:
+                save_checkpoint(best, brought)
+            elif not own:
+                best.unlink(missing_ok=True)  # of epochs that are trained anew
         if not own:
             save_state(run)
     except (OSError, CheckpointError):
@@ -51,19 +57,24 @@ def begin_folder(run: Experiment) -> None:
         raise
 
 
-def _bring_best(run: Experiment) -> None:
-    """Copy the network of the best epoch from the folder that a run comes from, unless it will not be read again."""
+def _best_before(run: Experiment) -> dict | None:
+    """Return the network of the best epoch so far, from the folder that a run comes from; None where it has none.
+
+    Raises:
+        CheckpointError: it is missing, and is to be tested at the end.
+    """
+    if not run.history or run.best is run.history[-1]:  # which is about to be saved
+        return None
     source = Path(run.args.resume).with_name("model_best.pth.tar")
     epoch = run.best["epoch"]
-    if source.exists():
-        best = load_checkpoint(source)
-        if best.get("epoch") == epoch:
-            save_checkpoint(run.folder / source.name, best)
-            return
+    best = load_checkpoint(source) if source.exists() else {}
+    if best.get("epoch") == epoch:
+        return best
     text = f"{source} with the best epoch so far ({epoch}) is not beside {run.args.resume}"
     if run.args.val_split and not run.args.no_test:
         raise CheckpointError(f"{text}, and is to be tested at the end: bring it, or give --no_test")
     warn(f"{text}: there will be no model_best.pth.tar unless a later epoch is better")
+    return None
 
 
 @contextmanager
