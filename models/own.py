@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import os
@@ -58,13 +59,15 @@ def build_network(name: str, function: Callable[..., nn.Module], num_classes: in
 
 
 def check_network(name: str, model: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
-    """Run a network of your own once, on two black images, so that a wrong one is noticed before the training.
+    """Run a network of your own once in each mode, on two black images, so that a wrong one is noticed before training.
 
     Raises:
-        ValueError: it cannot take such images (with the sizes that it can take), or returns no logits.
+        ValueError: it cannot take such images (with the sizes that it can take), returns no logits, or holds infinity.
     """
     found = _output_of(model, shape)
     if isinstance(found, Tensor) and found.shape == (2, num_classes):
+        _check_training(name, model, shape, found.shape)
+        _check_finite(name, model)
         return
     got = tuple(found.shape) if isinstance(found, Tensor) else found
     size = "x".join(map(str, shape))
@@ -74,13 +77,40 @@ def check_network(name: str, model: nn.Module, shape: tuple[int, int, int], num_
     raise ValueError(f"-a {name} cannot take {size} images ({got}): of the sizes tried it takes {', '.join(works)}")
 
 
+def _check_training(name: str, model: nn.Module, shape: tuple[int, int, int], wanted: torch.Size) -> None:
+    """Raise ValueError if a network returns something else in training, as those of torchvision with aux_logits do.
+
+    A copy runs, so that no running estimate and no generator moves. What fails, the training itself will show.
+    """
+    images = torch.zeros(2, *shape, device=_device(model))
+    try:
+        with torch.no_grad(), torch.random.fork_rng([images.device] if images.is_cuda else []):
+            found = copy.deepcopy(model).train()(images)
+    except Exception:  # whatever the user's network raises
+        return
+    if not isinstance(found, Tensor) or found.shape != wanted:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"-a {name} must return logits {tuple(wanted)} in training too, it gives {got}: wrap it")
+
+
+def _check_finite(name: str, model: nn.Module) -> None:
+    """Raise ValueError if anything that a checkpoint would hold is infinite or NaN: none with such is read again."""
+    for key, value in model.state_dict().items():
+        if isinstance(value, Tensor) and not value.isfinite().all():
+            remedy = "register a constant such as a mask with persistent=False, and initialise weights"
+            raise ValueError(f"-a {name}: {key} holds infinity or NaN before the training: {remedy}")
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    return next((p.device for p in model.parameters()), None)
+
+
 def _output_of(model: nn.Module, shape: tuple[int, int, int]) -> object:
     """Return what a network makes of two black images, or a text that says why it cannot."""
     training = model.training
     try:
         with torch.no_grad():  # inference_mode would make what the network keeps useless for training
-            device = next((p.device for p in model.parameters()), None)
-            output = model.eval()(torch.zeros(2, *shape, device=device))
+            output = model.eval()(torch.zeros(2, *shape, device=_device(model)))
         return output if isinstance(output, Tensor) else type(output).__name__
     except Exception as error:  # whatever the user's network raises
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

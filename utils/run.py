@@ -1,4 +1,4 @@
-"""The surroundings of a run: seeds, device, the folder it writes to, its config, and how errors end it."""
+"""The surroundings of a run: device, the folder it writes to, its config, and how errors end it."""
 
 from __future__ import annotations
 
@@ -68,18 +68,6 @@ def is_lack_of_memory(error: RuntimeError) -> bool:
     """Tell whether torch found too little memory, or a GPU that others have taken; often it has no type for that."""
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "busy or unavailable")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
-def set_seed(seed: int) -> torch.Generator:
-    """Seed torch and make its algorithms repeatable.
-
-    Returns:
-        The generator of the data order and augmentation, which is separate from that of the initial weights.
-    """
-    torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    return torch.Generator().manual_seed(seed)
 
 
 def choose_device(name: str) -> torch.device:

@@ -27,7 +27,8 @@ from utils.halo.pruning import (
 )
 from utils.logger import result_text, say, warn, write_csv
 from utils.options import OptionError
-from utils.run import all_or_none, made_folder, portable_path, refuse_existing, set_seed, write_json
+from utils.run import all_or_none, made_folder, portable_path, refuse_existing, write_json
+from utils.seeds import set_seed
 from utils.stages.subject import load_subject
 from utils.training.dataset import Dataset
 from utils.training.epoch import evaluate

@@ -22,7 +22,8 @@ from utils.halo.penalties import Penalty, make_penalty
 from utils.interrupts import interrupt_later
 from utils.logger import epoch_line, result_text, say, warn
 from utils.options import OptionError
-from utils.run import choose_device, clear_run, run_folder, set_seed
+from utils.run import choose_device, clear_run, run_folder
+from utils.seeds import set_seed
 from utils.training import loading
 from utils.training.announce import compute_line, data_line, network_line
 from utils.training.compiled import CompiledNetwork

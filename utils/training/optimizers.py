@@ -19,22 +19,22 @@ def make_optimizers(
 ) -> tuple[list[SGD], list[MultiStepLR]]:
     """Return the optimizer of the weights and, if something is learned, that of lam; and the schedule of each."""
     weights = SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd, fused=True)
-    if args.amp == "fp16" and args.momentum:
-        begin_at_rest_(weights)
+    begin_at_rest_(weights)
     optimizers = [weights, *make_lambda_sgd(penalty, weights, args)]
     both = milestones(args.schedule, released=args.released_lr)
     return optimizers, [MultiStepLR(o, m, gamma=args.gamma) for o, m in zip(optimizers, both, strict=False)]
 
 
 def begin_at_rest_(optimizer: SGD) -> None:
-    """Give an SGD momenta of zero, in place, which mean the same as none.
+    """Give an SGD the momenta that it lacks, in place: zeros, which mean the same as none.
 
-    Fused SGD makes missing ones in its first step, and leaves them uninitialised where gradients overflowed, so that a
-    scaler has it leave that step out (torch 2.14).
+    Fused SGD makes missing ones in its first step only, so a block that this step skipped ends a later one, and leaves
+    them uninitialised where gradients overflowed, so that a scaler has it leave that step out (torch 2.14).
     """
     for group in optimizer.param_groups:
-        for p in group["params"]:
-            velocity_of(optimizer, p)
+        for p in group["params"] if group["momentum"] else ():
+            if p.requires_grad:
+                velocity_of(optimizer, p)
 
 
 def milestones(schedule: Sequence[int], *, released: bool) -> tuple[list[int], list[int]]:

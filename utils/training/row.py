@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from utils.distributed import average_buffers_
+from utils.distributed import average_buffers_, rank
 from utils.logger import BatchBar, clock
+from utils.seeds import seed_others
 from utils.training.epoch import evaluate, train_one_epoch
 from utils.training.meters import Metrics
 from utils.training.statistics import near_zero, penalty_statistics
@@ -39,6 +40,7 @@ def time_left(run: Experiment, elapsed: float, done: int) -> tuple[float, float]
 
 def run_epoch(run: Experiment) -> dict:
     """Train and evaluate once; return the row for log.csv. Nothing is written."""
+    seed_others(run.args.seed, run.epoch, rank())
     start, lrs = time.perf_counter(), [scheduler.get_last_lr()[0] for scheduler in run.schedulers]
     bar = BatchBar(f"epoch {run.epoch + 1}/{run.args.epochs}", len(run.train_loader))
 

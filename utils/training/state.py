@@ -15,6 +15,7 @@ from utils.halo.memory import aligned
 from utils.logger import write_csv
 from utils.options import check_gmp
 from utils.training.fingerprint import check_images, fingerprint
+from utils.training.optimizers import begin_at_rest_
 from utils.training.resume import check_parts, damaged, usable
 from utils.training.zeros import describe_zeros, restore
 
@@ -114,6 +115,7 @@ def _take_parts(run: Experiment, state: dict) -> None:
     for optimizer, value in zip(run.optimizers, saved, strict=False):
         optimizer.load_state_dict(value)
         align_momenta_(optimizer)
+    begin_at_rest_(run.optimizers[0])  # a checkpoint of an older version lacks those of blocks that no step has used
     for scheduler, value in zip(run.schedulers, state["schedulers"], strict=True):
         scheduler.load_state_dict(value)
     run.precision.scaler.load_state_dict(state["scaler"])

@@ -86,7 +86,7 @@ def way_to_go_on(run: Experiment) -> Iterator[None]:
         KeyboardInterrupt: Ctrl-C or a signal to end.
         LockedError: another process has taken the folder over; it is left alone.
         OSError: a file cannot be written; the last one written stays.
-        OptionError: the backward pass cannot be compiled.
+        OptionError: the backward pass cannot be compiled, or a last batch is too small for BatchNorm.
         ConnectionError: another process of a distributed run ended.
     """
     try:
@@ -99,6 +99,12 @@ def way_to_go_on(run: Experiment) -> Iterator[None]:
         raise
     except OSError as error:
         raise type(error)(f"{error}. {where_to_go_on(run)}") from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        images = f"one of the {len(run.data.train.labels)} training images"
+        remedy = f"choose another --train_batch than {run.args.train_batch}, and --overwrite"
+        raise OptionError(f"the last batch leaves {images} to a process, and BatchNorm needs two: {remedy}") from error
     except RuntimeError as error:
         if processes() > 1 and is_lost(error):
             raise ConnectionError(f"rank {rank()}: {lost(error)}. {where_to_go_on(run)}") from error

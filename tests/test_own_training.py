@@ -1,0 +1,131 @@
+"""Networks of your own that do in training what they do not do in evaluation."""
+
+import importlib
+import random
+import sys
+
+import pytest
+import torch
+from conftest import train
+
+from models import check_own_network
+from utils.files.checkpoint import load_checkpoint, save_checkpoint
+from utils.training.augment import Loader
+from utils.training.data import load_dataset
+
+NETWORKS = """
+import random
+import numpy as np
+import torch
+from torch import nn
+
+class Skips(nn.Module):
+    # stochastic depth, drawn by Python and by numpy; no step before the third uses the second block
+    def __init__(self, num_classes):
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)) for _ in range(2))
+        self.last = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        self.seen += self.training
+        if not self.training or random.random() < 0.5:
+            x = x + self.first(x)
+        if not self.training or (self.seen > 2 and np.random.rand() < 0.5):
+            x = x + self.second(x)
+        return self.last(x)
+
+class Auxiliary(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.last = nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
+
+    def forward(self, x):
+        return (self.last(x), self.last(x)) if self.training else self.last(x)
+
+class Masked(Auxiliary):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.register_buffer("mask", torch.full((2, 2), float("-inf")))
+
+    def forward(self, x):
+        return self.last(x)
+
+def normalised(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4), nn.BatchNorm1d(4), nn.Linear(4, num_classes))
+
+def drops(num_classes):
+    return nn.Sequential(nn.Dropout(), normalised(num_classes))
+"""
+
+
+@pytest.fixture
+def options(images, tmp_path, monkeypatch):
+    (tmp_path / "odd_nets.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield ["-d", "folder", "--data", images, "--image_size", 16, "--schedule", "--lr", 0.01, "--train_batch", 6]
+    sys.modules.pop("odd_nets", None)
+
+
+@pytest.mark.parametrize("penalty", [[], ["--halo", "--xi", "1e-3", "--psi", "1e-3"]])
+def test_blocks_skipped_at_random_resume_bit_for_bit(options, tmp_path, penalty):
+    options += ["-a", "odd_nets:Skips", *penalty]
+    train(*options, "--epochs", 3, "--save_dir", tmp_path / "straight")
+    train(*options, "--epochs", 1, "--save_dir", tmp_path / "run")
+    random.seed(99)  # whatever happened in between does not matter
+    train(*options, "--epochs", 3, "--save_dir", tmp_path / "run", "--resume", tmp_path / "run" / "checkpoint.pth.tar")
+    one, other = (load_checkpoint(tmp_path / name / "final.pth.tar") for name in ("straight", "run"))
+    assert all(torch.equal(one["state_dict"][name], other["state_dict"][name]) for name in one["state_dict"])
+
+
+def test_a_checkpoint_without_the_momenta_of_a_skipped_block_goes_on(options, tmp_path):
+    """Older versions made them in the first step, and only for what it had used."""
+    options += ["-a", "odd_nets:Skips"]
+    train(*options, "--epochs", 1, "--save_dir", tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pth.tar"
+    state = load_checkpoint(path)
+    names = [name for name, _ in odd_network("Skips").named_parameters()]
+    for name in ("second.0.weight", "second.1.bias"):
+        del state["optimizer"]["state"][names.index(name)]
+    save_checkpoint(path, state)
+    train(*options, "--epochs", 2, "--save_dir", tmp_path / "run", "--resume", path)
+    assert len(load_checkpoint(path)["optimizer"]["state"]) == len(names)
+
+
+def odd_network(name):
+    return getattr(importlib.import_module("odd_nets"), name)(num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("Auxiliary", "(2, 3) in training too, it gives tuple"), ("Masked", "mask holds infinity or NaN before")],
+)
+def test_what_no_run_could_train_or_keep_is_one_line_before_it(options, tmp_path, fails, name, words):
+    status, line = fails(*options, "-a", f"odd_nets:{name}", "--epochs", 1, "--save_dir", tmp_path / "run")
+    assert status == 1 and words in line and not (tmp_path / "run").exists()
+
+
+def test_the_look_before_the_training_moves_nothing(options):
+    network = odd_network("drops")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    check_own_network("odd_nets:drops", network, (3, 16, 16), 3)
+    assert torch.equal(torch.get_rng_state(), state) and network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_last_batch_of_one_image_says_what_to_change(options, tmp_path, fails):
+    options += ["-a", "odd_nets:normalised", "--epochs", 1, "--save_dir", tmp_path / "run"]
+    status, line = fails(*options, "--train_batch", 35)  # of 36 images
+    assert status == 2 and "36 training images" in line and "another --train_batch than 35" in line
+    train(*options, "--train_batch", 34, "--overwrite")
+
+
+def test_a_process_without_an_image_takes_two(images):
+    """BatchNorm cannot train on one; their weight is 0, so that the gradient is that of the others."""
+    data = load_dataset("folder", images, shape=(3, 16, 16))
+    loader = Loader(data.train, data, batch_size=34, generator=torch.Generator(), rank=2, processes=3)
+    *_, last = loader  # of two images
+    assert len(last.images) == 2 and last.weight == 0
