@@ -11,11 +11,12 @@ from test_distributed import free_port, run_together
 from test_masks import LENET, assert_positive_zeros, assert_zeros_kept, lenet, masks_of, momenta
 
 import mnist.mnist
-from utils import GradualPruning
+from utils import HALO, L1, FixedZeros, GradualPruning, LambdaSGD
 from utils.files.checkpoint import load_checkpoint
 from utils.halo.gradual import cubic_sparsity
 from utils.training import experiment as experiment_module
 from utils.training import state as state_module
+from utils.training.epoch import smallest_lambda
 
 GMP, EPOCHS = ["--gmp", 0.9, "--schedule", 3, "--train_batch", 24], ["--gmp_epochs", 0.1, 3]
 TOTAL = 266_200
@@ -86,6 +87,50 @@ def test_masked_weights_have_no_momentum():
         assert_positive_zeros({"w": w.detach()}, zeros.masks)
         assert_positive_zeros({"w": optimizer.state[w]["momentum_buffer"]}, zeros.masks)
         assert set(zeros.state_dict()["aside"]) == (set() if step >= 10 else {"w"})
+
+
+def test_a_weight_returns_with_the_lam_that_it_was_masked_with():
+    """psi takes lam of a masked weight to 0, where xi / lam^2 would throw the weight out as soon as it returned."""
+    w = torch.tensor([0.2, 0.5, 0.6, 0.7, 0.8]).requires_grad_()
+    optimizer = torch.optim.SGD([w], 0.1, momentum=0.9)
+    penalty = HALO({"w": w}, xi=1e-5, psi=1e-3, lambda_init=0.3)
+    lam_optimizer = LambdaSGD(penalty, lr=0.1, momentum=0.9)
+    lam = {"lambdas": penalty.lambdas, "lam_optimizer": lam_optimizer}
+    zeros = GradualPruning({"w": w}, optimizer=optimizer, sparsity=0.2, begin=1, end=40, every=9, **lam)
+
+    def step(loss):
+        loss.backward()
+        zeros.clear_grad_()
+        lam_optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        zeros.advance_()
+
+    for _ in range(19):
+        step(0 * w.sum())
+    assert zeros.masks["w"].tolist() == [True, False, False, False, False]
+    masked_with, (lam,) = zeros.state_dict()["lambdas"]["w"].clone(), penalty.lambdas.values()
+    with torch.no_grad():
+        lam[0] = 1e-6  # as psi would have it in the end
+        w[1] = 0.01  # smaller than what is aside: the first weight returns for it
+    for _ in range(9):
+        step(0 * w.sum())
+    assert zeros.masks["w"].tolist() == [False, True, False, False, False]
+    assert w[0].item() == pytest.approx(0.2, abs=1e-2) and lam[0] == masked_with[0] > 0.01
+    assert lam_optimizer.state[lam]["momentum_buffer"][0] == 0
+    step(0 * w.sum())
+    assert w[0].item() == pytest.approx(0.2, abs=1e-2)
+
+
+def test_the_smallest_lam_is_that_of_a_weight_that_is_trained():
+    w = torch.tensor([0.0, 0.5])
+    penalty = HALO({"w": w}, xi=1e-5, psi=1.0)
+    with torch.no_grad():
+        penalty.lambdas["w"].copy_(torch.tensor([1e-9, 0.3]))
+    assert smallest_lambda(penalty) == pytest.approx(1e-9)
+    assert smallest_lambda(penalty, FixedZeros({"w": w})) == pytest.approx(0.3)
+    assert smallest_lambda(penalty, FixedZeros({"w": torch.zeros(2)})) == float("inf")
+    assert smallest_lambda(L1({"w": w}, xi=1e-5)) is None
 
 
 @pytest.mark.parametrize(

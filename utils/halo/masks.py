@@ -70,8 +70,7 @@ class FixedZeros:
     def clear_(self, optimizer: Optimizer | None = None) -> None:
         """Set the weights, and in an optimizer all that has their shape, such as their momentum, to 0.0."""
         for name, w in self.weights.items():
-            state = optimizer.state.get(w, {}).values() if optimizer else ()
-            for tensor in (w, *(t for t in state if isinstance(t, Tensor) and t.shape == w.shape)):
+            for tensor in (w, *state_of(optimizer, w)):
                 and_(tensor, self._keep[name])
 
     @torch.no_grad()
@@ -91,6 +90,12 @@ class FixedZeros:
     def load_state_dict(self, state: Mapping) -> None:
         """Go on from a checkpoint."""
         self.set_masks_(state["masks"])
+
+
+def state_of(optimizer: Optimizer | None, parameter: Tensor) -> list[Tensor]:
+    """Return what an optimizer keeps for a parameter that has its shape, such as its momentum."""
+    state = optimizer.state.get(parameter, {}).values() if optimizer else ()
+    return [tensor for tensor in state if isinstance(tensor, Tensor) and tensor.shape == parameter.shape]
 
 
 def and_(tensor: Tensor, keep: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -65,7 +66,7 @@ def train_one_epoch(
     step = TrainingStep(
         forward or model, penalty, optimizer, lam_optimizer, precision=precision or Precision(device), zeros=zeros
     )
-    metrics, watch = Metrics(device), LossWatch(penalty, every=1 if device.type == "cpu" else CHECK_EVERY)
+    metrics, watch = Metrics(device), LossWatch(penalty, every=1 if device.type == "cpu" else CHECK_EVERY, zeros=zeros)
     for batch in batches:
         images, labels, weight = Batch(*batch)
         if recorded:
@@ -91,15 +92,16 @@ class LossWatch:
     Args:
         penalty: the penalty in use.
         every: batches from look to look.
+        zeros: holds weights at zero, whose lam may be anything.
 
     Attributes:
         batches: how many were seen.
     """
 
-    def __init__(self, penalty: Penalty, *, every: int) -> None:
-        self.penalty, self.every, self.batches = penalty, every, 0
+    def __init__(self, penalty: Penalty, *, every: int, zeros: FixedZeros | None = None) -> None:
+        self.penalty, self.every, self.zeros, self.batches = penalty, every, zeros, 0
         self.losses: list[Tensor] = []  # since the last look
-        self.smallest_before = smallest_lambda(penalty)
+        self.smallest_before = smallest_lambda(penalty, zeros)
 
     def see(self, loss: Tensor) -> bool:
         """Take the cross-entropy of a batch; return whether this was a time to look.
@@ -151,12 +153,18 @@ class LossWatch:
             cause = "the cross-entropy did it: lower --lr"
         if before is None:
             return cause
-        return f"{cause}; smallest |lam| {before:.3g} when the epoch began, {smallest_lambda(penalty):.3g} now"
+        now = smallest_lambda(penalty, self.zeros)
+        return f"{cause}; smallest |lam| {before:.3g} when the epoch began, {now:.3g} now"
 
 
-def smallest_lambda(penalty: Penalty) -> float | None:
-    """Return the smallest |lam| of a penalty, None where nothing is learned."""
-    return min((lam.detach().abs().min().item() for lam in penalty.lambdas.values()), default=None)
+def smallest_lambda(penalty: Penalty, zeros: FixedZeros | None = None) -> float | None:
+    """Return the smallest |lam| of the weights that are not held at zero; None where nothing is learned."""
+    held, free = zeros.masks if zeros else {}, []
+    for name, lam in penalty.lambdas.items():
+        values = lam.detach().abs()
+        free.append(values[~held[name]] if name in held and held[name].shape == lam.shape else values)
+    smallest = min((values.min().item() for values in free if values.numel()), default=math.inf)
+    return smallest if free else None
 
 
 @torch.inference_mode()

@@ -89,7 +89,8 @@ def make_zeros(run: Experiment, masks: dict[str, Tensor] | None) -> FixedZeros |
     first, last = (round(epoch * len(run.train_loader)) for epoch in args.gmp_epochs)
     end = max(last, 1)  # never later than the epoch that was asked for: the run may end there
     steps = {"begin": min(first, end - 1), "end": end}
-    return GradualPruning(weights_of(run), optimizer=run.optimizers[0], sparsity=args.gmp, **steps)
+    lam = {"lambdas": run.penalty.lambdas, "lam_optimizer": next(iter(run.optimizers[1:]), None)}
+    return GradualPruning(weights_of(run), optimizer=run.optimizers[0], sparsity=args.gmp, **lam, **steps)
 
 
 def restore(run: Experiment, state: dict) -> None:
