@@ -391,11 +391,19 @@ def test_the_run_of_a_lost_machine_is_waited_for_until_its_lock_is_stale(tmp_pat
     assert "on lost works in" in (job.folder / "log.txt").read_text()
 
 
+def test_a_part_without_a_run_ends_well(tmp_path, capsys):
+    """So that a batch array may have more parts than there are runs."""
+    rows = run(write_study(tmp_path), "--out", tmp_path / "out", "--jobs", 1, "--shard", "9/9")
+    assert not any(rows.values()) and "part 9/9 of tuning is done; when the other parts are" in capsys.readouterr().out
+
+
 def test_a_failed_job_is_said_to_have_failed(tmp_path, capsys):
     jobs = tuning_jobs(load_study(write_study(tmp_path)), tmp_path / "out", "data")
     jobs[0].folder.mkdir(parents=True)
     progress = phases.Progress(jobs, tmp_path / "out", processes=1)
     (jobs[0].folder / "failed.json").write_text('{"reason": "its worker died"}')
-    progress.add(jobs[0], None, 1)
-    assert "failed (its worker died); unknown time" in capsys.readouterr().out
+    for seconds in (None, 0.1):  # of a whole run
+        progress.untrained[jobs[0]] = 1.0
+        progress.add(jobs[0], seconds, 1)
+        assert "failed (its worker died)" in (said := capsys.readouterr().out) and "unknown time" in said
     assert not list((tmp_path / "out").glob("seconds*"))

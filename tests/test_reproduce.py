@@ -267,9 +267,54 @@ def test_another_study_in_the_same_folder_is_refused(done, tmp_path, fails_in):
     shutil.copytree(out, tmp_path / "out")
     for file in (tmp_path / "out").rglob("*.pth.tar"):  # what is measured counts, also where no network is left
         file.unlink()
-    other = write_study(tmp_path, options=STUDY["options"] | {"lr": 0.06})
+    other = write_study(tmp_path, options=STUDY["options"] | {"lr": 0.06}, title="Another study", percent=[0.5])
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in ("table.md", "table.csv", "pareto.png")}
     status, line = fails_in(reproduce, other, "--out", tmp_path / "out", "--jobs", 1)
     assert status == 1 and "lr 0.05" in line and "--out" in line
+    assert all((tmp_path / "out" / name).read_bytes() == content for name, content in before.items())
+
+
+def test_a_run_that_diverged_with_other_options_is_refused_too(tmp_path, fails_in):
+    only = {"methods": {"L1": {"penalty": "l1", "grid": {"xi": [1e30]}}}, "controls": []}
+    run(write_study(tmp_path, **only), "--out", tmp_path / "out", "--jobs", 1)
+    other = write_study(tmp_path, **only, options=STUDY["options"] | {"lr": 1e-3})
+    status, line = fails_in(reproduce, other, "--out", tmp_path / "out", "--jobs", 1)
+    assert status == 1 and "lr 0.05" in line
+
+
+def test_a_run_that_is_trained_again_is_left_out_of_the_tables_meanwhile(done, tmp_path):
+    path, out = done
+    shutil.copytree(out, tmp_path / "out")
+    again = tmp_path / "out" / "none/plain/seed2/run"
+    for name in ("summary.json", "final.pth.tar"):
+        (again / name).unlink()
+    rows = write_report(load_study(path), tmp_path / "out", command="again")["global"]
+    assert {row["n"] for row in rows if row["method"] == "none"} == {1}
+    assert {row["n"] for row in rows if row["method"] == "HALO"} == {2}
+
+
+def test_a_chosen_run_that_diverges_with_another_seed_is_named(done, tmp_path):
+    path, out = done
+    assert "Chosen, and diverged" not in (out / "table.md").read_text()
+    shutil.copytree(out, tmp_path / "out")
+    folder = tmp_path / "out" / "HALO/xi0.0001_psi0.001/seed2"
+    shutil.rmtree(folder / "test")
+    (folder / "failed.json").write_text('{"reason": "it diverged"}')
+    write_report(load_study(path), tmp_path / "out", command="again")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "another seed, so in no mean: HALO xi0.0001_psi0.001, seed 2." in text
+
+
+def test_networks_that_a_stopped_measurement_left_go(done, tmp_path):
+    path, out = done
+    shutil.copytree(out, tmp_path / "out")
+    folder = tmp_path / "out" / "none/plain/seed1"
+    left = [folder / "val" / "pruned_0.5.pth.tar", folder / "test" / ".pruned_0.95.pth.tar.x.tmp", folder / "cut" / "x"]
+    for file in left:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    run(path, "--out", tmp_path / "out", "--jobs", 1)
+    assert not any(file.exists() for file in left) and (folder / "run" / "final.pth.tar").exists()
 
 
 def test_killed_with_all_its_workers_it_goes_on_where_it_was(tmp_path):

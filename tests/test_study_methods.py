@@ -144,6 +144,25 @@ def test_what_diverges_before_the_cut_is_never_chosen(done):
     assert "| L1+finetune | xi1e+30_share0.5 | diverged" in (out / "table.md").read_text()
 
 
+def test_what_failed_before_the_cut_is_tried_again_once_that_is_removed(done, tmp_path):
+    """As where a worker had died: one file is to be removed, however many runs go on from the same network."""
+    path, out, _ = done
+    shutil.copytree(out, tmp_path / "out")
+    jobs = [job for job in tuning_jobs(load_study(path), tmp_path / "out", "") if "share0.5" in job.config.name]
+    assert len(jobs) == 2 and all(job.done for job in jobs) and jobs_before(jobs) == []
+    (jobs[0].before.folder / "failed.json").unlink()
+    assert not any(job.done for job in jobs) and jobs_before(jobs) == [jobs[0].before]
+
+
+def test_another_penalty_before_the_cut_is_refused(done, tmp_path, fails_in):
+    _, out, _ = done
+    other = METHODS["HALO+finetune"] | {"penalty": "ws"}
+    path = write_study(tmp_path, methods=METHODS | {"HALO+finetune": other})
+    shutil.copytree(out, tmp_path / "out")
+    status, line = fails_in(reproduce, path, "--out", tmp_path / "out", "--jobs", 1)
+    assert status == 1 and "penalty halo, the study now says ws" in line
+
+
 def test_the_choice_is_made_for_each_ratio(done, tmp_path):
     path, out, _ = done
     study = load_study(path)

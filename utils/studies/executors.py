@@ -19,7 +19,7 @@ import torch
 
 from utils.interrupts import deaf_children
 from utils.run import read_json, write_json
-from utils.studies.jobs import Job, run_job
+from utils.studies.jobs import Job, record_failure, run_job
 
 AGAIN = 3  # times that a job whose worker has died is run once more
 
@@ -141,8 +141,7 @@ def _is_worth_a_try(job: Job, tries: int) -> bool:
     if starts <= AGAIN and tries < AGAIN:
         return True
     reason = f"its worker died {max(starts, tries + 1)} times, see log.txt; remove this file to try again"
-    job.folder.mkdir(parents=True, exist_ok=True)
-    write_json(job.folder / "failed.json", {"reason": reason})
+    record_failure(job, reason)
     forget_starts(job)
     return False
 

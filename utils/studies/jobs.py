@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,11 +57,17 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing to do: all is measured, or the run diverged."""
-        if (self.folder / "failed.json").exists():
+        """Whether there is nothing to do: all is measured, or the run failed."""
+        if self.failed:
             return True
         folders = [self.measurement(scheme) for scheme in self.schemes]
         return all(is_measured(f, self.percent) for f in folders) if folders else self.trained
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run diverged or was given up; before its cut only as long as what it goes on from has failed."""
+        failed, before = read_json(self.folder / "failed.json"), self.before
+        return failed is not None and not (before and failed.get("before_cut") and not before.failed)
 
     @property
     def trained(self) -> bool:
@@ -122,14 +128,23 @@ def run_job(job: Job, *, kind: Callable[..., Experiment] = Experiment) -> float 
         start = time.perf_counter()
         if job.done:
             return None
+        (job.folder / "failed.json").unlink(missing_ok=True)
         try:
             training = train(job, kind=kind)
             for scheme in job.schemes:
                 what = {"percent": job.percent, "scheme": scheme, "images": job.images}
                 measure(training, job.measurement(scheme), of="all" if job.config.ratio else "nonzero", **what)
         except NonFiniteLossError as error:
-            write_json(job.folder / "failed.json", {"reason": str(error)})
+            record_failure(job, str(error))
     return time.perf_counter() - start
+
+
+def record_failure(job: Job, reason: str) -> None:
+    """Write failed.json: why a job is not to be tried again, with which options, and whether it got beyond its cut."""
+    args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
+    before_cut = bool(job.before and job.before.failed)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_json(job.folder / "failed.json", {"reason": reason, "before_cut": before_cut, "arguments": vars(args)})
 
 
 def train(job: Job, *, kind: Callable[..., Experiment] = Experiment) -> argparse.Namespace:
@@ -150,9 +165,9 @@ def cut(job: Job) -> Path:
         NonFiniteLossError: its training diverged.
     """
     before, ratio = job.before, job.config.ratio
-    failed = read_json(before.folder / "failed.json")
-    if failed:
-        raise NonFiniteLossError(f"before the cut, {failed['reason']}")
+    failed = before.folder / "failed.json"
+    if before.failed:
+        raise NonFiniteLossError(f"before the cut ({failed}), {read_json(failed)['reason']}")
     training = training_arguments(job.study, before.config, seed=job.seed, folder=before.folder, data=job.data)
     what = {"percent": (ratio,), "of": "all", "scheme": "global", "images": "val"}
     prune_and_evaluate(pruning_arguments(training, **what, folder=job.folder / "cut"))
@@ -170,8 +185,8 @@ def require_same_options(job: Job) -> None:
     Raises:
         ValueError: it was trained with other options.
     """
-    summary = read_summary(job.folder / "run" / "summary.json")
-    if summary is None:
+    summary = read_summary(job.folder / "run" / "summary.json") or read_json(job.folder / "failed.json")
+    if not (summary or {}).get("arguments"):  # a failure of an older version
         return
     args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
     was, now = summary["arguments"], vars(args)
@@ -182,6 +197,13 @@ def require_same_options(job: Job) -> None:
             f"{job.folder} was trained with {changed[0]} {was[changed[0]]}, the study now says {now.get(changed[0])}: "
             "give another --out, or remove the folder"
         )
+
+
+def require_same_study(jobs: Iterable[Job]) -> None:
+    """Do what `require_same_options` does for some jobs and for those before them."""
+    for job in jobs:
+        for some in filter(None, (job.before, job)):
+            require_same_options(some)
 
 
 def is_measured(folder: Path, percent: tuple[float, ...]) -> bool:
@@ -204,8 +226,20 @@ def measure(
         return
     what = {"percent": percent, "of": of, "scheme": scheme, "images": images}
     prune_and_evaluate(pruning_arguments(training, **what, folder=folder))
-    for path in folder.glob("pruned_*.pth.tar"):
-        path.unlink()
+    remove_pruned(folder)
+
+
+def remove_pruned(folder: Path) -> None:
+    """Remove the pruned networks that a measurement has left, or one that was stopped."""
+    for path in [*folder.glob("pruned_*.pth.tar"), *folder.glob(".pruned_*.tmp")]:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(job: Job) -> None:
+    """Remove the networks that a job has no more use for when it is done: it may have been stopped just before."""
+    for scheme in job.schemes:
+        remove_pruned(job.measurement(scheme))
+    shutil.rmtree(job.folder / "cut", ignore_errors=True)
 
 
 def save_choice(study: Study, out: Path) -> None:

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from utils.logger import say
 from utils.studies.executors import Workers, run_jobs
-from utils.studies.jobs import Job, final_jobs, jobs_before, require_same_options, save_choice, tuning_jobs
+from utils.studies.jobs import (
+    Job,
+    final_jobs,
+    jobs_before,
+    remove_leftovers,
+    require_same_study,
+    save_choice,
+    tuning_jobs,
+)
 from utils.studies.progress import Progress, committed_seconds, to_come
 from utils.studies.shards import Shard, missing_text
 from utils.studies.study import Study
@@ -25,8 +33,9 @@ def run_phase(jobs: list[Job], out: Path, workers: Workers, *, guess: float | No
         part: name of the part; empty for the whole.
     """
     before = jobs_before(jobs)
-    for job in [*before, *jobs]:
-        require_same_options(job)
+    require_same_study(jobs)
+    for job in filter(lambda job: job.done, jobs):
+        remove_leftovers(job)
     for some in (before, jobs):
         progress = Progress(some, out, processes=workers.count, guess=guess, part=part)
         for number, (job, seconds) in enumerate(run_jobs(progress.left, workers), start=1):
@@ -58,9 +67,10 @@ def run_shard(study: Study, out: Path, data: str, workers: Workers, *, shard: Sh
         missing = missing_text(final, shard)
         say(f"part {shard} is done" + (f"; of what was chosen {missing}" if missing else ", and so is the study"))
         return
-    if all(job.done for job in shard.part(tuning)):
+    part = shard.part(tuning)
+    if part and all(job.done for job in part):
         raise ValueError(f"nothing can be chosen yet: of tuning {missing}; run the other parts, then this one again")
-    run_phase(shard.part(tuning), out, workers, guess=guess, part=shard.name)
+    run_phase(part, out, workers, guess=guess, part=shard.name)
     missing = missing_text(tuning, shard)
     when = f"when the other parts are ({missing})" if missing else "now"
     say(f"part {shard} of tuning is done; {when}, the same commands train what is chosen")

@@ -112,13 +112,13 @@ class Progress:
     def add(self, job: Job, seconds: float | None, number: int) -> None:
         """Record a finished job and say so; without seconds it was done elsewhere, or given up."""
         share = self.untrained.pop(job, 0)
-        if seconds is not None and share >= LEAST_SHARE:
+        failed = read_json(job.folder / "failed.json")
+        if seconds is not None and share >= LEAST_SHARE and not failed:
             whole = seconds / (job.config.part * share)  # as of a run of all epochs
             self.mine[str(job)] = self.seconds[str(job)] = whole
             write_json(self.path, self.mine)
         accuracies = read_accuracies(job.measurement("global") / "prune.json")
         text = ", ".join(f"{ratio:g}: {value:.2f}" for ratio, value in accuracies.items()) or "trained"
-        failed = read_json(job.folder / "failed.json")
         if failed:
             text = f"failed ({failed['reason']})"
         took = f"; {seconds:.0f} s" if seconds is not None else ""

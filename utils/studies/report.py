@@ -10,7 +10,7 @@ from statistics import mean, median, stdev
 from utils.files.atomic import write_text
 from utils.logger import duration, write_csv
 from utils.plot_methods import failed_to_learn, plot_pareto, plot_study
-from utils.studies.jobs import tuning_jobs
+from utils.studies.jobs import final_jobs, require_same_study, tuning_jobs
 from utils.studies.measurements import SAVED, read_measurement, read_summary
 from utils.studies.methods import Config
 from utils.studies.study import CONTROLS, Study, choose, held_out_accuracy, on_edge, run_folder
@@ -43,7 +43,8 @@ def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float
     folder = run_folder(out, config, seed)
     report = read_measurement(folder / ("test" if scheme == "global" else f"test_{scheme}") / "prune.json", need=SAVED)
     result = next((r for r in (report or {"results": []})["results"] if r["asked"] == ratio), None)
-    if result is None:
+    parts = [run_folder(out, part, seed) for part in (config, config.before) if part]
+    if result is None or any(map(_in_training, parts)):
         return None
     return {
         "seed": seed,
@@ -51,8 +52,15 @@ def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float
         "dense": report["before"]["top1"],
         "compression": result["compression_ratio"],
         "speedup": result["theoretical_speedup"],
-        "seconds": sum(_seconds(run_folder(out, part, seed)) for part in (config, config.before) if part),
+        "seconds": sum(map(_seconds, parts)),
     }
+
+
+def _in_training(folder: Path) -> bool:
+    """Tell whether a network that was measured and deleted is just being trained again."""
+    run = folder / "run"
+    there = (run / "checkpoint.pth.tar").exists() or (run / "init.pth.tar").exists()
+    return there and not (run / "summary.json").exists() and not (run / "final.pth.tar").exists()
 
 
 def _seconds(folder: Path) -> float:
@@ -194,7 +202,8 @@ def _numbers(values: Iterable[float]) -> str:
 
 def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
     """Say what the numbers are, over which seeds, and how long it took."""
-    seconds = [read_summary(path)["seconds"] for path in out.glob("*/*/seed*/run/summary.json")]
+    summaries = filter(None, map(read_summary, out.glob("*/*/seed*/run/summary.json")))
+    seconds = [summary["seconds"] for summary in summaries]
     finished = {tuple(row["seeds"]) for row in rows}
     seeds = sorted({seed for some in finished for seed in some})
     fewer = "" if len(finished) < 2 else "; where a row has fewer, it names them"
@@ -215,7 +224,18 @@ def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
     if failed:
         lost = "Failed to learn, or lost it in a cut during training (at its end less than half the best top-1)"
         lines.append(f"{lost}: {'; '.join(failed)}.")
+    if diverged := _diverged(study, out):
+        lines.append(f"Chosen, and diverged or failed with another seed, so in no mean: {'; '.join(diverged)}.")
     return [*lines, ""]
+
+
+def _diverged(study: Study, out: Path) -> list[str]:
+    """Name the runs of chosen configurations that have no measurement because they failed."""
+    chosen = {config for choice in choose(study, out).values() for config in choice.values()}
+    runs = sorted((config.method, config.name, seed) for config in chosen for seed in study.seeds)
+    return [
+        f"{m} {name}, seed {seed}" for m, name, seed in runs if (out / m / name / f"seed{seed}/failed.json").exists()
+    ]
 
 
 def _counts(study: Study, out: Path) -> str:
@@ -244,7 +264,11 @@ def write_report(study: Study, out: Path, *, command: str) -> dict:
 
     Returns:
         The rows of table.csv by scheme.
+
+    Raises:
+        ValueError: the folder holds runs with other options; nothing is written.
     """
+    require_same_study([*tuning_jobs(study, out, "."), *final_jobs(study, out, ".")])  # wherever the images are
     rows = {scheme: final_rows(study, out, scheme=scheme) for scheme in ("global", *CONTROLS)}
     found = tuned(study, out)
     text = [f"# {study.title}", "", f"    {command}", ""]
