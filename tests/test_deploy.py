@@ -255,6 +255,14 @@ class Odd(nn.Module):
     def forward(self, x):
         return self.fc(self.two(torch.sigmoid(self.one(x))).mean((2, 3)))
 
+class Flat(Odd):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.norm, self.fc = nn.BatchNorm1d(8 * 28 * 28), nn.Linear(8 * 28 * 28, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.two(self.one(x)).flatten(1)))
+
 class Branching(Odd):
     def forward(self, x):
         return super().forward(x if x.sum() > 0 else -x)
@@ -281,6 +289,13 @@ def test_an_operation_that_sparse_inference_lacks_leaves_the_other_form(tmp_path
     assert list(report["proof"]["forms"]) == ["shrunk"] and report["sentence"].startswith("The shrunk network is")
     assert load_model("small.pth.tar").one.out_channels == 4
     assert set(report["proof"]["forms"]) == {"shrunk"} and (tmp_path / "small.pt2").exists()
+
+
+def test_a_map_that_sparse_inference_cannot_read_leaves_the_other_form(tmp_path, monkeypatch, capsys):
+    """It is followed well, and first fails on an image."""
+    report = call(deploy, *own(tmp_path, monkeypatch, "Flat"), *QUICK)
+    assert "no sparse form: norm is BatchNorm of a flattened map" in capsys.readouterr().err.replace("'", "")
+    assert list(report["proof"]["forms"]) == ["shrunk"] and load_model("small.pth.tar").one.out_channels == 4
 
 
 def test_a_network_that_cannot_be_followed_is_one_line(tmp_path, monkeypatch, fails_in):

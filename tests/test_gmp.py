@@ -122,6 +122,19 @@ def test_a_weight_returns_with_the_lam_that_it_was_masked_with():
     assert w[0].item() == pytest.approx(0.2, abs=1e-2)
 
 
+def test_a_state_without_lam_is_taken_too():
+    """As of a loop that gave none then: lam is what it is now."""
+    w = torch.randn(20).requires_grad_()
+    penalty, optimizer = HALO({"w": w}, xi=1e-5, psi=1e-3), torch.optim.SGD([w], 0.1)
+    options = {"optimizer": optimizer, "sparsity": 0.5, "begin": 0, "end": 100, "every": 10}
+    without = GradualPruning({"w": w}, **options)
+    for _ in range(20):
+        without.advance_()
+    zeros = GradualPruning({"w": w}, **options, lambdas=penalty.lambdas)
+    zeros.load_state_dict(without.state_dict())
+    assert torch.equal(zeros.state_dict()["lambdas"]["w"], torch.ones(20)) and zeros.zeros == without.zeros > 0
+
+
 def test_the_smallest_lam_is_that_of_a_weight_that_is_trained():
     w = torch.tensor([0.0, 0.5])
     penalty = HALO({"w": w}, xi=1e-5, psi=1.0)

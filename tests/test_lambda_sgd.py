@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build_model
-from utils import HALO, penalized_parameters
+from utils import HALO, L1, SWS, penalized_parameters
 from utils.halo import lambda_sgd, memory
 from utils.halo.lambda_sgd import FusedHALO, LambdaSGD, load_kernel
 
@@ -393,3 +393,11 @@ def test_a_gradient_of_another_type_is_refused(later):
                 optimizer.step()
         else:
             optimizer.step()
+
+
+def test_penalties_that_it_cannot_step_are_named():
+    params = {"w": torch.ones(3)}
+    with pytest.raises(ValueError, match="L1 learns no lam: call penalty.add_grad_"):
+        LambdaSGD(L1(params, xi=1e-3), lr=0.1)
+    with pytest.raises(ValueError, match="not of SWS: use LambdaSGD"):
+        FusedHALO(SWS(params, xi=1e-3, psi=1e-3), lr=0.1)

@@ -149,6 +149,7 @@ def tail(channels):
         ([nn.AvgPool2d(3, 2, padding=1), nn.Conv2d(6, 4, 1)], 6),  # zeros come in: no constant any more
         ([nn.AvgPool2d(2, divisor_override=3), nn.Conv2d(6, 4, 1)], 6),  # nor the same one
         ([nn.BatchNorm2d(6), nn.SiLU(), nn.Conv2d(6, 4, 1)], 3),
+        ([nn.BatchNorm2d(6, affine=False), nn.SiLU(), nn.Conv2d(6, 4, 1)], 3),
         ([nn.Conv2d(6, 4, 3, groups=2)], 6),  # not understood, so all are kept
     ],
 )
@@ -157,7 +158,8 @@ def test_where_constants_go(behind, left):
     model = nn.Sequential(with_dead(nn.Conv2d(2, 6, 3), 1, 3, 4), nn.ReLU(), *behind, *tail(4)).eval()
     for norm in (layer for layer in behind if isinstance(layer, nn.BatchNorm2d)):
         nn.init.normal_(norm.running_mean)
-        nn.init.normal_(norm.bias)
+        if norm.affine:
+            nn.init.normal_(norm.bias)
     small = shrink(model)
     assert small[0].out_channels == left
     assert difference(model, small, torch.randn(5, 2, 9, 9)) < 1e-6
@@ -187,6 +189,28 @@ class Viewing(nn.Module):
 )
 def test_views_that_flatten(size, left):
     model = Viewing(size).eval()
+    small = shrink(model)
+    assert small.conv.out_channels == left
+    assert difference(model, small, torch.randn(5, 2, 9, 9)) < 1e-6
+
+
+class Joining(nn.Module):
+    """Flattens as the keywords say, and reads the last dimension, of 49 values (or of 7)."""
+
+    def __init__(self, features, **dims):
+        super().__init__()
+        self.conv, self.fc, self.dims = with_dead(nn.Conv2d(2, 7, 3), 0, 2, 5), nn.Linear(features, 5), dims
+
+    def forward(self, x):
+        return self.fc(torch.flatten(F.relu(self.conv(x)), **self.dims))
+
+
+@pytest.mark.parametrize(
+    ("features", "dims", "left"),
+    [(7, {"end_dim": 1}, 7), (7 * 49, {"end_dim": -1, "start_dim": 1}, 4), (49, {"start_dim": 2}, 7)],
+)
+def test_flattening_goes_by_the_names_of_its_dimensions(features, dims, left):
+    model = Joining(features, **dims).eval()
     small = shrink(model)
     assert small.conv.out_channels == left
     assert difference(model, small, torch.randn(5, 2, 9, 9)) < 1e-6

@@ -33,7 +33,8 @@ def pruned(model, sparsity, *, seed=0):
                 (module.weight, -1.5, 1.5),
                 (module.bias, -1, 1),
             ]:
-                tensor.data.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+                if tensor is not None:  # without affine
+                    tensor.data.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
     if any(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules()):
         prune_by_magnitude_(prunable_weights(model, linear=True), sparsity)
     return model.eval()
@@ -177,7 +178,8 @@ def test_random_networks(seed):
     layers, x = [], torch.zeros(1, 3, *shape)
     for _ in range(choose.randint(1, 5)):
         layer, after = random_layer(choose, channels, x.shape[2:])
-        parts = [layer, *[nn.BatchNorm2d(after)] * (choose.random() < 0.6), *[nn.ReLU()] * (choose.random() < 0.6)]
+        norm = nn.BatchNorm2d(after, affine=seed % 4 > 0)
+        parts = [layer, *[norm] * (choose.random() < 0.6), *[nn.ReLU()] * (choose.random() < 0.6)]
         try:
             x = nn.Sequential(*parts).eval()(x)
         except RuntimeError:  # it does not fit
@@ -440,5 +442,10 @@ def test_images_that_do_not_fit(x, error, message):
 def test_maps_that_do_not_fit():
     with pytest.raises(ValueError, match="adds maps of different shapes"):
         SparseNetwork(Forward(lambda m, x: m.conv(x) + m.down(x)).eval())(torch.zeros(1, 4, 6, 6))
+    flat = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(144)).eval()
+    with pytest.raises(ValueError, match="1 is BatchNorm of a flattened map: put BatchNorm2d before"):
+        SparseNetwork(flat)(torch.zeros(1, 4, 6, 6))
+    with pytest.raises(ValueError, match="without a pixel on 1 of them: give larger images"):
+        SparseNetwork(nn.MaxPool2d(2, 1, 1, 2).eval())(torch.zeros(1, 4, 1, 1))
     with pytest.raises(ValueError, match="view of 144 features for a map"):
         SparseNetwork(Forward(lambda m, x: x.view(-1, 144)).eval())(torch.zeros(1, 4, 8, 6))

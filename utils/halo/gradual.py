@@ -121,10 +121,10 @@ class GradualPruning(FixedZeros):
         self.steps = state["steps"]
         self._aside = self._zeros_like_weights() if state["aside"] else {}
         self._lambdas_before = self._lambdas_now() if state["aside"] else {}
-        older = {"lambdas": self._lambdas_before}  # a state of an older version lacks them
-        for part, ours in (("aside", self._aside), ("lambdas", self._lambdas_before)):
+        lambdas = self._lambdas_before | state.get("lambdas", {})  # one saved without them has none
+        for saved_part, ours in ((state["aside"], self._aside), (lambdas, self._lambdas_before)):
             for name, tensor in ours.items():
-                saved = (older | state)[part][name]
+                saved = saved_part[name]
                 if saved.shape != tensor.shape:
                     raise ValueError(f"no values aside of the shape of {name}: use the state of the same network")
                 tensor.copy_(saved)

@@ -38,6 +38,9 @@ class LambdaSGD(SGD):
         momentum: in [0, 1).
         weight_decay: decay of lam, >= 0.
 
+    Raises:
+        ValueError: the penalty learns nothing.
+
     Note:
         Call `step()` once a step: after the backward pass (the last one, where gradients are accumulated) and before
         `optimizer.step()`, instead of `penalty.add_grad_()`. After `clip_grad_norm_` the penalty acts in full; before
@@ -45,6 +48,9 @@ class LambdaSGD(SGD):
     """
 
     def __init__(self, penalty: Penalty, *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
+        if not penalty.lambdas:
+            name = type(penalty).__name__
+            raise ValueError(f"{name} learns no lam: call penalty.add_grad_() before optimizer.step() instead")
         super().__init__(penalty.parameters(), lr, momentum=momentum, weight_decay=weight_decay, fused=True)
         self.penalty = penalty
 
@@ -128,6 +134,8 @@ class FusedHALO(LambdaSGD):
         weights: SGD | None = None,
         compiled: bool = False,
     ) -> None:
+        if not isinstance(penalty, HALO):
+            raise ValueError(f"FusedHALO is the step of HALO alone, not of {type(penalty).__name__}: use LambdaSGD")
         super().__init__(penalty, lr=lr, momentum=momentum, weight_decay=weight_decay)
         if weights is not None:
             require_plain_sgd(weights, penalty)

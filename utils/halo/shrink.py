@@ -126,5 +126,6 @@ def _narrow_(model: nn.Module, steps: Steps, kept: dict[int, Tensor], carriers: 
         for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
             if tensor.dim():  # not the number of batches that BatchNorm has seen
                 tensor.data = tensor.data[rows]
-        for attribute, width in zip(WIDTHS[type(layer)], layer.weight.shape, strict=False):
+        sizes = layer.running_mean.shape if layer.weight is None else layer.weight.shape  # BatchNorm without factors
+        for attribute, width in zip(WIDTHS[type(layer)], sizes, strict=False):
             setattr(layer, attribute, width)

@@ -227,9 +227,10 @@ class Steps(Graph):
         """Tell whether everything but the batch becomes one dimension."""
         if node.op == "call_module":
             return (self.layer(node).start_dim, self.layer(node).end_dim) == (1, -1)
-        sizes = (*node.args[1:], *node.kwargs.values())
         if self.kind(node) in FLATTENS:
-            return sizes in ((1,), (1, -1))
+            dims = {**dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)), **node.kwargs}
+            return (dims.get("start_dim", 0), dims.get("end_dim", -1)) == (1, -1)
+        sizes = (*node.args[1:], *node.kwargs.values())
         sizes = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
         return len(sizes) == 2 and isinstance(sizes[0], fx.Node) and sizes[1] == -1
 

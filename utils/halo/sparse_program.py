@@ -157,6 +157,8 @@ def shape_after(op: Op, shape: Shape) -> Shape:
         return Shape(shape.channels, *size)
     if op.kind == "conv" and op.weight.shape[1] * op.groups != shape.channels:
         wanted = op.weight.shape[1] * op.groups
+        if wanted == op.groups == shape.features:
+            raise ValueError(f"{op.name} is BatchNorm of a flattened map: put BatchNorm2d before the flattening")
         raise ValueError(f"{op.name} reads {wanted} channels, but its input has {shape.channels}")
     height, width = (axis.length(size) for axis, size in zip(op.axes, shape[1:], strict=True))
     if height < 1 or width < 1:

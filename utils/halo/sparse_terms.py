@@ -98,7 +98,11 @@ def reach(axis: Axis, count: int) -> int:
 
 
 def windows(op: Op, axis: Axis, count: int, size: int) -> tuple[list[tuple[int, int]], list[float]]:
-    """Return from where to where each window of pooling reaches within the map, and one over what it is divided by."""
+    """Return from where to where each window of pooling reaches within the map, and one over what it is divided by.
+
+    Raises:
+        ValueError: a window for the largest value has no pixel of the map.
+    """
     if op.kind == "adaptive":
         ends = [(i * size // count, up((i + 1) * size, count) // count) for i in range(count)]
         return ends, [1 / (to - start) for start, to in ends]
@@ -108,6 +112,8 @@ def windows(op: Op, axis: Axis, count: int, size: int) -> tuple[list[tuple[int, 
         padded = min(to, size + axis.after) - start
         start += up(max(-start, 0), axis.dilation)
         to = min(to, size)
+        if op.kind == "max" and start >= to:
+            raise ValueError(f"{op.name} has a window without a pixel on {size} of them: give larger images")
         ends.append((start, to))
         factors.append(1 / (padded if op.count_padding else to - start))
     return ends, factors

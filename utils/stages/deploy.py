@@ -63,7 +63,7 @@ def _deploy(args: argparse.Namespace, paths: dict[str, Path]) -> dict:
     model = subject.model.eval()
     small = shrink(copy.deepcopy(model).cpu())
     forms = {"shrunk": small.to(subject.device, memory_format=torch.channels_last)}
-    if sparse := sparse_form(model, subject.device):
+    if sparse := sparse_form(model, subject.device, subject.preprocessing.shape):
         forms["sparse"] = sparse
     report |= describe_sizes(subject, small)
     say(headline(report))
@@ -100,13 +100,20 @@ def outputs(args: argparse.Namespace) -> dict[str, Path]:
     return paths
 
 
-def sparse_form(model: nn.Module, device: torch.device) -> SparseNetwork | None:
-    """Return the network that multiplies non-zero weights only; None, with a note, where there is none."""
+def sparse_form(model: nn.Module, device: torch.device, shape: tuple[int, int, int]) -> SparseNetwork | None:
+    """Return the network that multiplies non-zero weights only; None, with a note, where there is none.
+
+    Args:
+        model: the network.
+        device: where the other forms run.
+        shape: of an image; that the operations fit on it shows when one is given.
+    """
     if device.type != "cpu":
         warn(f"sparse inference runs on the CPU: left out with --device {device.type}")
         return None
     try:
         sparse = SparseNetwork(model)
+        sparse(torch.zeros(1, *shape))
     except ValueError as error:
         warn(f"no sparse form: {error}")
         return None
