@@ -80,7 +80,8 @@ def check_network(name: str, model: nn.Module, shape: tuple[int, int, int], num_
 def _check_training(name: str, model: nn.Module, shape: tuple[int, int, int], wanted: torch.Size) -> None:
     """Raise ValueError if a network returns something else in training, as those of torchvision with aux_logits do.
 
-    A copy runs, so that no running estimate and no generator moves. What fails, the training itself will show.
+    A copy runs, so that neither its running estimates nor torch's generators on a CPU or on CUDA move; those of Python
+    and numpy are seeded anew for every epoch. What fails, the training itself will show.
     """
     images = torch.zeros(2, *shape, device=_device(model))
     try:
@@ -94,10 +95,11 @@ def _check_training(name: str, model: nn.Module, shape: tuple[int, int, int], wa
 
 
 def _check_finite(name: str, model: nn.Module) -> None:
-    """Raise ValueError if anything that a checkpoint would hold is infinite or NaN: none with such is read again."""
-    for key, value in model.state_dict().items():
-        if isinstance(value, Tensor) and not value.isfinite().all():
-            remedy = "register a constant such as a mask with persistent=False, and initialise weights"
+    """Raise ValueError if a buffer that a checkpoint would hold is infinite or NaN: none with such is read again."""
+    buffers, kept = dict(model.named_buffers()), model.state_dict()
+    for key in buffers.keys() & kept.keys():
+        if not buffers[key].isfinite().all():
+            remedy = "register a constant such as a mask with persistent=False"
             raise ValueError(f"-a {name}: {key} holds infinity or NaN before the training: {remedy}")
 
 

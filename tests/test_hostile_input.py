@@ -229,7 +229,12 @@ def test_the_best_network_of_epochs_that_are_trained_anew_goes(finished, images,
     for row, top1 in zip(older["history"], (90.0, 10.0), strict=True):
         row["val_top1"] = top1
     save_checkpoint(folder / "older.pth.tar", older)
-    save_checkpoint(folder / "model_best.pth.tar", load_checkpoint(folder / "model_best.pth.tar") | {"epoch": 7})
+    (tmp_path / "link").symlink_to(folder / "older.pth.tar")
+    best = load_checkpoint(folder / "model_best.pth.tar")
+    save_checkpoint(folder / "model_best.pth.tar", best | {"epoch": 1})
+    train(*options, "--resume", tmp_path / "link", "--save_dir", folder)  # it lies beside what the link names
+    assert load_checkpoint(folder / "model_best.pth.tar")["epoch"] == 1
+    save_checkpoint(folder / "model_best.pth.tar", best | {"epoch": 7})
     train(*options, "--resume", folder / "older.pth.tar", "--save_dir", folder)
     assert not (folder / "model_best.pth.tar").exists()
 

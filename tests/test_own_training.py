@@ -1,17 +1,17 @@
 """Networks of your own that do in training what they do not do in evaluation."""
 
 import importlib
+import os
 import random
 import sys
 
 import pytest
 import torch
-from conftest import train
+from conftest import start, train
+from test_distributed import environment, free_port
 
 from models import check_own_network
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
-from utils.training.augment import Loader
-from utils.training.data import load_dataset
 
 NETWORKS = """
 import random
@@ -119,13 +119,15 @@ def test_the_look_before_the_training_moves_nothing(options):
 def test_a_last_batch_of_one_image_says_what_to_change(options, tmp_path, fails):
     options += ["-a", "odd_nets:normalised", "--epochs", 1, "--save_dir", tmp_path / "run"]
     status, line = fails(*options, "--train_batch", 35)  # of 36 images
-    assert status == 2 and "36 training images" in line and "another --train_batch than 35" in line
+    assert status == 1 and "36 training images" in line and "another --train_batch than 35" in line
     train(*options, "--train_batch", 34, "--overwrite")
 
 
-def test_a_process_without_an_image_takes_two(images):
-    """BatchNorm cannot train on one; their weight is 0, so that the gradient is that of the others."""
-    data = load_dataset("folder", images, shape=(3, 16, 16))
-    loader = Loader(data.train, data, batch_size=34, generator=torch.Generator(), rank=2, processes=3)
-    *_, last = loader  # of two images
-    assert len(last.images) == 2 and last.weight == 0
+def test_in_one_of_several_processes_it_is_said_too(options, tmp_path):
+    """36 images in batches of 33: the last leaves two to the first process and one to the other, which says so."""
+    options += ["-a", "odd_nets:normalised", "--epochs", 1, "--device", "cpu", "--save_dir", tmp_path / "run"]
+    port = free_port()
+    jobs = [start(*options, "--train_batch", 33, env=os.environ | environment(rank, 2, port)) for rank in range(2)]
+    outputs = [job.communicate(timeout=120) for job in jobs]
+    assert all(job.returncode for job in jobs)
+    assert "one of the 36 training images to a process" in outputs[1][1] and "Traceback" not in outputs[1][1]

@@ -154,6 +154,17 @@ def test_what_failed_before_the_cut_is_tried_again_once_that_is_removed(done, tm
     assert not any(job.done for job in jobs) and jobs_before(jobs) == [jobs[0].before]
 
 
+def test_a_gradual_run_that_diverged_is_of_this_study_without_its_checkpoint_too(tmp_path):
+    """--gmp_epochs has a default, which a run that goes on from a checkpoint takes from there."""
+    only = {"GMP": {"gmp": True, "penalty": "l1", "grid": {"xi": [1e30]}, "percent": [0.95]}}
+    path = write_study(tmp_path, methods=only)
+    for _ in range(2):
+        run(path, "--out", tmp_path / "out", "--jobs", 1)
+        for file in (tmp_path / "out").rglob("*.pth.tar"):
+            file.unlink()
+    assert len([*(tmp_path / "out").rglob("failed.json")]) == 1
+
+
 def test_another_penalty_before_the_cut_is_refused(done, tmp_path, fails_in):
     _, out, _ = done
     other = METHODS["HALO+finetune"] | {"penalty": "ws"}

@@ -167,7 +167,7 @@ def cut(job: Job) -> Path:
     before, ratio = job.before, job.config.ratio
     failed = before.folder / "failed.json"
     if before.failed:
-        raise NonFiniteLossError(f"before the cut ({failed}), {read_json(failed)['reason']}")
+        raise NonFiniteLossError(f"before the cut ({failed.relative_to(job.out)}), {read_json(failed)['reason']}")
     training = training_arguments(job.study, before.config, seed=job.seed, folder=before.folder, data=job.data)
     what = {"percent": (ratio,), "of": "all", "scheme": "global", "images": "val"}
     prune_and_evaluate(pruning_arguments(training, **what, folder=job.folder / "cut"))
@@ -190,7 +190,7 @@ def require_same_options(job: Job) -> None:
         return
     args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
     was, now = summary["arguments"], vars(args)
-    free = FREE_ON_RESUME - {"epochs"} | {key for key in KEPT_ON_RESUME if now.get(key) is None}
+    free = FREE_ON_RESUME - {"epochs"} | {key for key in KEPT_ON_RESUME if None in (was.get(key), now.get(key))}
     changed = [key for key in was if key not in free and was[key] != now.get(key)]
     if changed:
         raise ValueError(

@@ -94,8 +94,8 @@ class Loader:
             yield Batch(self.normalize(images), self.split.labels[index], self._weight(len(whole[0])))
 
     def _share(self, whole: Tensor) -> slice:
-        # A process without an image of a small last batch takes the first two, as BatchNorm needs, with weight 0.
-        return slice(self.rank, None, self.processes) if self.rank < len(whole) else slice(2)
+        # A process without an image of a small last batch takes the first one, with weight 0.
+        return slice(self.rank, None, self.processes) if self.rank < len(whole) else slice(1)
 
     def _weight(self, size: int) -> float:
         return len(range(self.rank, size, self.processes)) * self.processes / size

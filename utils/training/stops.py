@@ -47,14 +47,19 @@ def begin_folder(run: Experiment) -> None:
                 save_checkpoint(run.folder / "init.pth.tar", network_state(run))
             if brought:
                 save_checkpoint(best, brought)
-            elif not own:
-                best.unlink(missing_ok=True)  # of epochs that are trained anew
         if not own:
             save_state(run)
+            if is_main() and not brought and not _ends_with_best(run):
+                best.unlink(missing_ok=True)  # of epochs that are trained anew
     except (OSError, CheckpointError):
         if is_main() and not checkpoint.exists():
             clear_run(run.folder)
         raise
+
+
+def _ends_with_best(run: Experiment) -> bool:
+    """Return whether the last epoch is the best, so that its network is saved with the state."""
+    return bool(run.history) and run.best is run.history[-1]
 
 
 def _best_before(run: Experiment) -> dict | None:
@@ -63,9 +68,9 @@ def _best_before(run: Experiment) -> dict | None:
     Raises:
         CheckpointError: it is missing, and is to be tested at the end.
     """
-    if not run.history or run.best is run.history[-1]:  # which is about to be saved
+    if not run.history or _ends_with_best(run):
         return None
-    source = Path(run.args.resume).with_name("model_best.pth.tar")
+    source = Path(os.path.realpath(run.args.resume)).with_name("model_best.pth.tar")
     epoch = run.best["epoch"]
     best = load_checkpoint(source) if source.exists() else {}
     if best.get("epoch") == epoch:
@@ -86,7 +91,8 @@ def way_to_go_on(run: Experiment) -> Iterator[None]:
         KeyboardInterrupt: Ctrl-C or a signal to end.
         LockedError: another process has taken the folder over; it is left alone.
         OSError: a file cannot be written; the last one written stays.
-        OptionError: the backward pass cannot be compiled, or a last batch is too small for BatchNorm.
+        OptionError: the backward pass cannot be compiled.
+        ValueError: a last batch is too small for BatchNorm.
         ConnectionError: another process of a distributed run ended.
     """
     try:
@@ -104,7 +110,9 @@ def way_to_go_on(run: Experiment) -> Iterator[None]:
             raise
         images = f"one of the {len(run.data.train.labels)} training images"
         remedy = f"choose another --train_batch than {run.args.train_batch}, and --overwrite"
-        raise OptionError(f"the last batch leaves {images} to a process, and BatchNorm needs two: {remedy}") from error
+        if run.epoch:  # so another number of processes has come so far
+            remedy = f"change the number of processes. {where_to_go_on(run)}"
+        raise ValueError(f"the last batch leaves {images} to a process, and BatchNorm needs two: {remedy}") from error
     except RuntimeError as error:
         if processes() > 1 and is_lost(error):
             raise ConnectionError(f"rank {rank()}: {lost(error)}. {where_to_go_on(run)}") from error
