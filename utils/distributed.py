@@ -71,20 +71,20 @@ def lost(error: RuntimeError) -> str:
     return f"another process of the job ended or could not be reached ({reason})"
 
 
-@contextmanager
-def main_first() -> Iterator[None]:
-    """Let rank 0 run the block before the others do, such as a download that all of them then read."""
-    if processes() > 1 and not is_main():
-        dist.barrier()
-    yield
-    if processes() > 1 and is_main():
-        dist.barrier()
-
-
 def wait_for_all() -> None:
     """Return when every process has come here, so that none reads what another is still writing."""
     if processes() > 1:
         dist.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let rank 0 run the block before the others do, such as a download that all of them then read."""
+    if not is_main():
+        wait_for_all()
+    yield
+    if is_main():
+        wait_for_all()
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:

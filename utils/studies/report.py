@@ -231,11 +231,10 @@ def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
 
 def _diverged(study: Study, out: Path) -> list[str]:
     """Name the runs of chosen configurations that have no measurement because they failed."""
-    chosen = {config for choice in choose(study, out).values() for config in choice.values()}
-    runs = sorted((config.method, config.name, seed) for config in chosen for seed in study.seeds)
-    return [
-        f"{m} {name}, seed {seed}" for m, name, seed in runs if (out / m / name / f"seed{seed}/failed.json").exists()
-    ]
+    chosen = dict.fromkeys(config for choice in choose(study, out).values() for config in choice.values())
+    runs = [(config, seed) for config in chosen for seed in study.seeds]
+    failed = [run for run in runs if (run_folder(out, *run) / "failed.json").exists()]
+    return [f"{config.method} {config.name}, seed {seed}" for config, seed in failed]
 
 
 def _counts(study: Study, out: Path) -> str:
