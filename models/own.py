@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,8 @@ def import_network(name: str, *, here: bool) -> Callable[..., nn.Module]:
 
     Args:
         name: with a colon.
-        here: also look into the current directory.
+        here: also look into the current directory. If not, it is left out also where Python has put it on the path,
+            since the script lies there; not where PYTHONPATH names it.
 
     Raises:
         ValueError: there is none, or importing it failed.
@@ -31,6 +34,8 @@ def import_network(name: str, *, here: bool) -> Callable[..., nn.Module]:
     try:
         if not module or module.partition(".")[0] in sys.stdlib_module_names:
             raise ImportError(f"{module!r} holds no networks")
+        if not here and _is_here(module):
+            raise ImportError(f"{module!r} is in the current directory")
         found = getattr(importlib.import_module(module), function)
         if not (inspect.isfunction(found) or inspect.isclass(found)):
             raise ImportError(f"{function!r} is no function or class")
@@ -39,6 +44,20 @@ def import_network(name: str, *, here: bool) -> Callable[..., nn.Module]:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"-a {name}: no such network on {path} ({reason}); give module:function") from error
     return found
+
+
+def _is_here(module: str) -> bool:
+    """Return whether a module that was not imported yet would come from the current directory."""
+    here = Path.cwd()
+    named = [Path(path).resolve() for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if module in sys.modules or here in named:
+        return False
+    package = module.partition(".")[0]
+    spec = importlib.util.find_spec(package)
+    places = [spec.origin, *(spec.submodule_search_locations or [])] if spec else []
+    inside = [Path(place).resolve() for place in places if place and Path(place).resolve().is_relative_to(here)]
+    # Not what is installed into an environment that lies here.
+    return any(place.relative_to(here).parts[0].partition(".")[0] == package for place in inside)
 
 
 def build_network(name: str, function: Callable[..., nn.Module], num_classes: int) -> nn.Module:

@@ -1,6 +1,9 @@
 """Your own images and your own network, through all stages."""
 
+import os
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +123,24 @@ def test_a_network_of_the_current_directory_runs_only_where_it_is_named(here, im
     status, output, _ = check("-a", "my_nets:Small")
     assert status == 0 and "layers.0.weight" in output
     assert load_model("run/final.pth.tar", arch="my_nets:Small").class_names == ("class0", "class1", "class2")
+
+
+def test_code_beside_a_file_does_not_run_where_the_script_lies_there_too(tmp_path, monkeypatch):
+    (tmp_path / "beside.py").write_text(
+        "from pathlib import Path\nPath('ran').touch()\nfrom torch.nn import Conv2d as net\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # as Python does for the folder of the script
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with pytest.raises(ValueError, match="is in the current directory"):
+        find_arch("beside:net", here=False)
+    assert not Path("ran").exists()
+    find_arch("torchvision.models:resnet18", here=False)
+    monkeypatch.setenv("PYTHONPATH", f"elsewhere{os.pathsep}{tmp_path}")
+    find_arch("beside:net", here=False)
+    assert Path("ran").exists()
+    monkeypatch.delenv("PYTHONPATH")
+    find_arch("beside:net", here=False)  # it was named before
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.prune import l1_unstructured
 
 from models import ARCHS, build_model
-from utils import count_macs, penalized_parameters, prunable_weights, prune_by_magnitude_
+from utils import count_macs, halo, penalized_parameters, prunable_weights, prune_by_magnitude_
 
 CONVOLUTIONS = {
     "Conv1d": (2, 6, 3),
@@ -274,3 +274,16 @@ def test_names_are_those_of_the_inner_network():
 
 def test_a_part_that_is_called_module_keeps_its_name():
     assert list(prunable_weights(Net(module=nn.Conv2d(1, 1, 1)))) == ["module.weight"]
+
+
+def test_a_penalty_that_is_an_attribute_is_no_part_of_the_network():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    prune_by_magnitude_(prunable_weights(net), 0.9)
+    before = halo.savings(net, (3, 6, 6))
+    net.penalty = halo.HALO(penalized_parameters(net), xi=0.1, psi=0.1)
+    assert len([*net.parameters()]) == 10
+    net[3].weight.requires_grad_(False)
+    names = [*penalized_parameters(net)]  # no note of matrices in lam
+    assert names == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    net.forward = lambda x: nn.Sequential.forward(nn.Sequential(*[*net.children()][:4]), x)
+    assert halo.savings(net, (3, 6, 6)) == before

@@ -248,3 +248,9 @@ def test_halo_in_a_loop_of_ones_own():
     weights, lam = model.weight.detach().abs()[0], penalty.lambdas["weight"].detach().abs()[0]
     assert weights[:2].min() > 0.9 and weights[2:].max() < 0.05
     assert lam[:2].min() > 2 * lam[2:].max()
+
+
+@pytest.mark.parametrize("names", [("keys", "values"), ("a/b", "a.b")])
+def test_a_name_that_cannot_be_kept_is_refused(names):
+    with pytest.raises(ValueError, match="give the tensor another name"):
+        HALO({name: torch.ones(2, requires_grad=True) for name in names}, xi=1, psi=1)

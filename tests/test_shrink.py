@@ -8,7 +8,7 @@ from torch.nn.utils import prune
 
 from models import ARCHS, build_model
 from models.widths import narrow_, widths_of
-from utils import prunable_weights, shrink
+from utils import HALO, penalized_parameters, prunable_weights, shrink
 
 FAMILIES = [
     ("vgg11", None),
@@ -362,3 +362,32 @@ def test_widths_that_do_not_fit_are_refused():
         build_model("lenet_300_100", 10, widths={"fc1": [301, 784]})
     with pytest.raises(ValueError, match="'fc1'"):
         narrow_(build_model("lenet_300_100", 10), {"fc1": [7]})
+
+
+class WithPenalty(nn.Module):
+    """As a LightningModule has it: the penalty is an attribute, and no step of the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.penalty = HALO(penalized_parameters(self), xi=0.1, psi=0.1)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu()).mean((2, 3))
+
+
+def test_a_penalty_does_not_come_along():
+    model = WithPenalty().eval()
+    with torch.no_grad():
+        model.first.weight[2:] = model.first.bias[2:] = 0
+    small = shrink(model)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(small(x), model(x))
+    assert small.first.out_channels == 2
+    assert [name for name, _ in small.named_parameters()] == [
+        "first.weight",
+        "first.bias",
+        "second.weight",
+        "second.bias",
+    ]
+    assert model.penalty.lambdas["first.weight"].shape == (8, 3, 3, 3)

@@ -105,3 +105,5 @@ def test_the_page_on_loops_of_ones_own_runs_as_it_stands(tmp_path, monkeypatch):
         exec(compile(block.replace("import halo", "import utils.halo as halo"), "own_loop.md", "exec"), names)
     assert len(blocks) >= 4 and (tmp_path / "checkpoint.pt").is_file()
     assert names["accuracy_after"] > 60 and names["resumed_lam_equal"]
+    assert names["sparsity_after"] == pytest.approx(0.9, abs=1e-3) and names["zeros"].end == 20
+    assert all(w.grad.abs().sum() > 0 for w in names["log_penalty"].penalized.values())

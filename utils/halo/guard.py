@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 
+from .fate import Fate
+
 NOWHERE = nn.Module()  # where a name leads that the model no longer has
 
 
@@ -105,7 +107,7 @@ def require_beside(name: str, w: Tensor, lam: Tensor) -> None:
         raise ValueError(f"{name!r} is now {tuple(w.shape)}, its lam {tuple(lam.shape)}: build the penalty anew")
 
 
-# How many steps are watched for a division of the gradients: on an accelerator a look makes the host wait.
+# How many steps are watched closely: a look at the gradients makes the host wait for an accelerator.
 WATCHED_STEPS = 10
 
 
@@ -131,11 +133,12 @@ class GradientGuard:
 
         Raises:
             ValueError: a tensor left the model, a backward pass was added to gradients that hold the penalty, or
-                those of the last step were divided after the penalty was added.
+                those of the last step were divided after it was added, or zeroed before optimizer.step() saw them.
         """
         require_current(self._params)
         if self._last:
             self._look_back(self._last)
+            self._watched += 1
         trained = [w for w in self._params.values() if w.requires_grad]
         scale = scale_of(scaler, trained)
         if scale is not None:
@@ -144,7 +147,8 @@ class GradientGuard:
         if scale is not None:
             multiply_(trained, scale)
         has_gradient = any(w.grad is not None for w in trained)
-        self._last = LastStep(trained, scaled=scale is not None) if has_gradient else None
+        watched = self._watched < WATCHED_STEPS
+        self._last = LastStep(trained, scaled=scale is not None, watched=watched) if has_gradient else None
 
     def _look_back(self, last: LastStep) -> None:
         self._last = None
@@ -154,8 +158,13 @@ class GradientGuard:
                 "the step of lam once a step, after the last backward pass and before optimizer.step(); then "
                 "optimizer.zero_grad() with set_to_none=True, its default"
             )
-        if self._watched < WATCHED_STEPS and not last.scaled:
-            self._watched += 1
+        if last.fate and last.fate.lost:
+            raise ValueError(
+                "the penalty did not reach the weights: optimizer.step() came before it was added, or the gradients "
+                "were zeroed in between. Call add_grad_() or the step of lam between the last backward pass and "
+                "optimizer.step(); with optimizer.step(closure), at the end of the closure"
+            )
+        if last.fate and not last.scaled:
             divisor = last.divisor()
             if divisor:
                 raise ValueError(
@@ -168,7 +177,7 @@ class GradientGuard:
 class LastStep:
     """What tells the next step what happened in between: the smallest of the tensors, and the versions of all."""
 
-    def __init__(self, trained: list[Tensor], *, scaled: bool) -> None:
+    def __init__(self, trained: list[Tensor], *, scaled: bool, watched: bool) -> None:
         self.scaled = scaled
         self.w = min((w for w in trained if w.grad is not None), key=Tensor.numel)
         self.grad, self.version = self.w.grad, self.w.grad._version
@@ -176,6 +185,7 @@ class LastStep:
         self.views = self.w.detach()[corner], self.grad[corner]
         self.values = [view.clone() for view in self.views]
         self.trained, self.versions = trained, [tensor._version for tensor in trained]
+        self.fate = Fate(self.w) if watched and self.w.is_leaf else None
 
     def was_added_to(self) -> bool:
         """Return whether the gradients are still these, have changed, and no step was taken."""

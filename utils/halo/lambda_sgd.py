@@ -86,10 +86,10 @@ class LambdaSGD(SGD):
             )
         if self.param_groups[0]["params"][0] is not next(self.penalty.parameters()):
             raise ValueError("lam was exchanged, as by load_state_dict(assign=True): build the optimizer of lam anew")
-        if closure is None:
-            return None
         with torch.enable_grad():
-            return closure()
+            loss = closure() if closure else None
+        self.penalty.require_absent("the loss", "add_grad_()")
+        return loss
 
     def __getstate__(self) -> dict:
         """Add to the state of an optimizer what it works on, for copies and pickles."""
@@ -134,7 +134,7 @@ class FusedHALO(LambdaSGD):
         weights: SGD | None = None,
         compiled: bool = False,
     ) -> None:
-        if not isinstance(penalty, HALO):
+        if not is_halo(penalty):
             raise ValueError(f"FusedHALO is the step of HALO alone, not of {type(penalty).__name__}: use LambdaSGD")
         super().__init__(penalty, lr=lr, momentum=momentum, weight_decay=weight_decay)
         if weights is not None:
@@ -234,6 +234,12 @@ class FusedHALO(LambdaSGD):
             if self._kernel and self._weights is not None:
                 velocity_of(self._weights, w)
         return [(w, aligned_gradient(w), lam, velocity_of(self, lam)) for _, w, lam in self._pairs]
+
+
+def is_halo(penalty: Penalty) -> bool:
+    """Return whether a penalty is HALO, with the equation and the gradients that the kernel has."""
+    same = ("forward", "_add_grad_", "lambdas")
+    return isinstance(penalty, HALO) and all(getattr(type(penalty), name) is getattr(HALO, name) for name in same)
 
 
 def require_plain_sgd(weights: Optimizer, penalty: HALO) -> None:

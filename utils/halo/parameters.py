@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from .guard import NamedParameters
+from .penalty import Penalty
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -35,6 +36,18 @@ def inner_model(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def network_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return path to module, without the penalties that were made attributes of the network: lam is no part of it."""
+    of_penalties = {part for module in model.modules() if isinstance(module, Penalty) for part in module.modules()}
+    return {path: module for path, module in model.named_modules() if module not in of_penalties}
+
+
+def network_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the network itself, each once."""
+    found = [p for module in network_modules(model).values() for p in module.parameters(recurse=False)]
+    return [*{id(p): p for p in found}.values()]
 
 
 def plain_name(name: str) -> str:
@@ -117,7 +130,7 @@ def _left_out(model: nn.Module, done: set[int], *, linear: bool) -> dict[str, di
     """Return, by the reason, name and size of every trainable matrix whose id is not in `done`."""
     reasons: dict[str, dict[str, int]] = {NOT_ASKED: {}, REPARAMETRISED: {}, UNKNOWN: {}, TABLES: {}}
     done, last_linear = set(done), None
-    for path, layer in model.named_modules():
+    for path, layer in network_modules(model).items():
         # The parameters that a parametrization made belong to the layer, not to the modules that hold them.
         own = layer.named_parameters(recurse=is_parametrized(layer))
         last_linear = path if isinstance(layer, LINEAR) else last_linear
@@ -144,7 +157,7 @@ def _say_what_is_left_out(model: nn.Module, chosen: dict[str, nn.Parameter], don
             listed = ", ".join([*names][:3]) + more
             parts.append(f"{reason}: {len(names)} with {sum(names.values()):,} parameters ({listed})")
     taken = sum(p.numel() for p in chosen.values() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in network_parameters(model) if p.requires_grad)
     # Always from this line and in the same words, so that Python shows it once, whichever function is called first.
     warnings.warn(
         f"halo takes {taken:,} of {total:,} trainable parameters of {type(model).__name__}; left out are "

@@ -1,21 +1,22 @@
 """The penalties: HALO and the ones it is compared with.
 
 Each is written twice and no more: `forward()` is the equation, differentiable, and the oracle of the tests;
-`add_grad_()` adds the same gradient in closed form, without autograd, and is what training calls.
+`add_grad_()` adds the same gradient in closed form, without autograd, and is what training calls. A penalty that is
+written elsewhere needs `forward()` alone: without a closed form of its own, autograd takes the gradient of that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 
 from .floor import floored, floored_square, inverse_of
-from .guard import GradientGuard, distinct, require_beside
+from .guard import require_beside
 from .memory import gradient, pieces
+from .penalty import Penalty
 
 
 def _check(name: str, value: float, *, positive: bool = False) -> None:
@@ -27,86 +28,6 @@ def _check_lambda(value: float) -> None:
     """Raise unless a starting value of lam has a square that is a number, and not 0, in fp32."""
     if not 1e-18 <= abs(value) <= 1e18:
         raise ValueError(f"|lambda_init| must be > 0, from 1e-18 to 1e18, got {value}")
-
-
-class Penalty(nn.Module):
-    """A penalty on named tensors; this base class is the penalty zero (training without one).
-
-    Args:
-        params: name to tensor of any shape, the penalised parameters w. They are read and their `.grad` is added
-            to, but they do not become parameters of the penalty: `penalty.parameters()` are the learned lam only.
-            A tensor that stands in it twice (tied weights) is penalised once.
-
-    Raises:
-        ValueError: it is no mapping, there is no tensor, or one is not floating point.
-
-    Note:
-        Computed in fp32 whatever the type of w (fp64 for fp64): xi = 1e-8 underflows in fp16, 1/lam^2 overflows.
-        `penalty.half()` and the like leave lam in it too. `model.penalty = HALO(...)` makes lam a part of
-        `model.parameters()` and of the model's state_dict; with `LambdaSGD` that is harmless, since lam has no gradient
-        outside of its step.
-    """
-
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.penalized = distinct(params)
-        self._dtype = torch.promote_types(self._first.dtype, torch.float32)
-        self.guard = GradientGuard(self.penalized)
-
-    @property
-    def _first(self) -> Tensor:
-        return next(iter(self.penalized.values()))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Penalty:
-        """Move lam as `nn.Module.to` does, but never to another type."""
-
-        def keep_type(lam: Tensor) -> Tensor:
-            moved = fn(lam)
-            return moved if moved.dtype == lam.dtype else lam.to(moved.device)
-
-        return super()._apply(keep_type, recurse)
-
-    @property
-    def lambdas(self) -> dict[str, Tensor]:
-        """The learned coefficients by the name of their weight; empty if nothing is learned."""
-        return {}
-
-    def strength(self, lam: Tensor | None = None) -> Tensor:
-        """Return the slope of the penalty in |w| at w = 0 for this lam (ignored where nothing is learned)."""
-        return torch.zeros(())
-
-    def forward(self) -> Tensor:
-        """Return the penalty as a differentiable scalar."""
-        return torch.zeros((), dtype=self._dtype, device=self._first.device)
-
-    @torch.no_grad()
-    def add_grad_(self, *, scaler: GradScaler | None = None) -> None:
-        """Add the gradient of `forward()` to `.grad` of the weights and of lam, in closed form.
-
-        Call it once a step, after the last backward pass. A `.grad` that is None counts as zero. Tensors that do not
-        require a gradient are left alone.
-
-        Args:
-            scaler: the one that scaled the loss, if one did: unless `scaler.unscale_(optimizer)` was called since, the
-                penalty's gradient gets the same scale. Without it, unscaling would divide the penalty away.
-
-        Raises:
-            ValueError: a tensor left the model or was moved, or a backward pass was added to gradients that hold the
-                penalty already, as when gradients are accumulated over several passes.
-        """
-        with self.guard.adding(scaler):
-            self._add_grad_()
-
-    def _add_grad_(self) -> None:
-        for name, w in self.penalized.items():
-            if w.requires_grad:
-                self._add_weight_grad_(name, w, gradient(w))
-
-    def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
-        """Add d/dw for one tensor (and d/dlam where lam has its shape)."""
-
-    def _elements(self, w: Tensor) -> Tensor:
-        return w.to(self._dtype)
 
 
 class HALO(Penalty):
@@ -121,7 +42,7 @@ class HALO(Penalty):
         lambda_init: starting value of every lam, not 0.
 
     Raises:
-        ValueError: a coefficient is out of range.
+        ValueError: a coefficient is out of range, or a name is taken ("keys", or "a/b" beside "a.b").
 
     Note:
         lam takes the shape and the memory layout of its weight, in fp32. Train it with an optimizer of its own, best
@@ -134,13 +55,12 @@ class HALO(Penalty):
         _check("psi", psi)
         _check_lambda(lambda_init)
         self.xi, self.psi = xi, psi
-        # ParameterDict refuses dots in its keys; `lambdas` gives the names back.
-        self.lam = nn.ParameterDict(
-            {
-                name.replace(".", "/"): nn.Parameter(torch.full_like(w, lambda_init, dtype=self._dtype))
-                for name, w in self.penalized.items()
-            }
-        )
+        self.lam = nn.ParameterDict()
+        for name, w in self.penalized.items():
+            key = name.replace(".", "/")  # ParameterDict refuses dots in its keys; `lambdas` gives the names back
+            if hasattr(self.lam, key):
+                raise ValueError(f"cannot keep a lam under the name {name!r}: give the tensor another name")
+            self.lam[key] = nn.Parameter(torch.full_like(w, lambda_init, dtype=self._dtype))
 
     @property
     def lambdas(self) -> dict[str, Tensor]:

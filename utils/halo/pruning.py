@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .parameters import CONVOLUTIONS, LINEAR, TRANSPOSED, inner_model, plain_name
+from .parameters import CONVOLUTIONS, LINEAR, TRANSPOSED, inner_model, network_parameters, plain_name
 
 
 class LayerSparsity(NamedTuple):
@@ -255,8 +255,9 @@ def savings(model: nn.Module, shape: tuple[int, ...]) -> dict[str, float]:
         `parameters`, `parameters_nonzero`, `macs_dense`, `macs_nonzero`, `compression_ratio` (all parameters / non-zero
         ones, biases and BatchNorm included) and `theoretical_speedup` (dense / remaining multiply-accumulates).
     """
-    parameters = sum(p.numel() for p in model.parameters())
-    nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
+    own = network_parameters(model)
+    parameters = sum(p.numel() for p in own)
+    nonzero = sum(int(p.count_nonzero()) for p in own)
     macs = count_macs(model, shape)
     dense, left = sum(m.dense for m in macs), sum(m.remaining for m in macs)
     return {

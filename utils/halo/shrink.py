@@ -12,6 +12,7 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
+from .penalty import Penalty
 from .shrink_steps import WIDTHS, Steps, merge
 
 
@@ -31,7 +32,8 @@ def shrink(model: nn.Module) -> nn.Module:
 
     Returns:
         A copy whose Conv2d, Linear and BatchNorm2d layers, under the same names, are narrower. In evaluation mode its
-        outputs are the same within rounding. Shrinking it again changes nothing.
+        outputs are the same within rounding. Shrinking it again changes nothing. A penalty that was an attribute is
+        gone: its lam are of the old shapes.
 
     Raises:
         ValueError: the steps of the network cannot be found, or it cannot be copied.
@@ -42,6 +44,8 @@ def shrink(model: nn.Module) -> nn.Module:
         remedy = "remove what computes its weights anew, as torch.nn.utils.prune.remove does"
         reason = str(error).splitlines()[0]
         raise ValueError(f"{type(model).__name__} cannot be copied ({reason}): {remedy}") from error
+    for module in [*small.modules()]:
+        module._modules = {name: part for name, part in module._modules.items() if not isinstance(part, Penalty)}
     steps = Steps(studied)
     kept = _find_kept(steps)
     carriers = _choose_carriers(steps, kept)

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-from utils.halo.lambda_sgd import FusedHALO, LambdaSGD, velocity_of
-from utils.halo.penalties import HALO, Penalty
+from utils.halo.lambda_sgd import FusedHALO, LambdaSGD, is_halo, velocity_of
+from utils.halo.penalties import Penalty
 from utils.logger import warn
 
 
@@ -59,7 +59,7 @@ def make_lambda_sgd(penalty: Penalty, weights: SGD, args: argparse.Namespace) ->
     if not any(lam.requires_grad for lam in penalty.parameters()):
         return []
     factors = {"lr": args.reg_lr, "momentum": args.momentum, "weight_decay": args.reg_wd}
-    if not isinstance(penalty, HALO):
+    if not is_halo(penalty):
         return [LambdaSGD(penalty, **factors)]
     on_cpu = next(penalty.parameters()).device.type == "cpu"  # where the kernel is faster
     # With fp16, whether the weights are stepped is decided after lam is.

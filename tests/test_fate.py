@@ -1,0 +1,221 @@
+"""Mistakes in the order of a step: a penalty that no step sees, or that enters the gradients twice."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
+
+from utils import halo
+from utils.halo.guard import WATCHED_STEPS
+
+X, Y = torch.randn(8, 3, 6, 6), torch.arange(8) % 2
+
+
+def parts(make=halo.LambdaSGD, seed=0, **sgd):
+    """Return a network, its optimizer, a penalty and the optimizer of lam."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    penalty = halo.HALO(halo.penalized_parameters(model), xi=1e-2, psi=1e-2)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, **sgd), penalty, make(penalty, lr=0.1)
+
+
+def backward(model):
+    loss = nn.functional.cross_entropy(model(X), Y)
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("make", [halo.LambdaSGD, halo.FusedHALO])
+@pytest.mark.parametrize("sgd", [{}, {"fused": True}])
+def test_the_step_of_lam_behind_that_of_the_weights_raises(make, sgd):
+    model, optimizer, _, lam_optimizer = parts(make, **sgd)
+    with pytest.raises(ValueError, match="did not reach the weights"):
+        for _ in range(3):
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+            lam_optimizer.step()
+
+
+def test_a_closure_that_zeroes_the_penalty_away_raises_and_one_that_holds_it_does_not():
+    model, optimizer, _, lam_optimizer = parts()
+
+    def without():
+        optimizer.zero_grad()
+        return backward(model)
+
+    def whole():
+        loss = without()
+        lam_optimizer.step()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(whole)
+    with pytest.raises(ValueError, match="at the end of the closure"):
+        for _ in range(3):
+            lam_optimizer.step()
+            optimizer.step(without)
+
+
+def correct(model, optimizer, lam_optimizer):
+    backward(model)
+    lam_optimizer.step()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def left_out(model, optimizer, lam_optimizer):
+    """As a scaler does where the gradients are infinite."""
+    backward(model)
+    lam_optimizer.step()
+    optimizer.zero_grad()
+
+
+def without_penalty(model, optimizer, lam_optimizer):
+    backward(model)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def another_gradient(model, optimizer, lam_optimizer):
+    backward(model)
+    lam_optimizer.step()
+    for p in model.parameters():
+        p.grad = p.grad * 0.9
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def accumulated(model, optimizer, lam_optimizer):
+    backward(model)
+    correct(model, optimizer, lam_optimizer)
+
+
+@pytest.mark.parametrize("between", [left_out, without_penalty, another_gradient, accumulated])
+@pytest.mark.parametrize("make", [halo.LambdaSGD, halo.FusedHALO])
+def test_what_looks_like_it_and_is_right_goes_on(make, between):
+    model, optimizer, _, lam_optimizer = parts(make)
+    for _ in range(3):
+        correct(model, optimizer, lam_optimizer)
+        between(model, optimizer, lam_optimizer)
+
+
+def test_nothing_is_watched_after_some_steps_nor_by_a_penalty_that_is_gone():
+    gc.collect()
+    model, optimizer, penalty, lam_optimizer = parts()
+    before = len(_global_optimizer_post_hooks)
+    correct(model, optimizer, lam_optimizer)
+    assert len(_global_optimizer_post_hooks) == before + 1
+    for _ in range(WATCHED_STEPS):
+        correct(model, optimizer, lam_optimizer)
+    assert len(_global_optimizer_post_hooks) == before
+    model, optimizer, penalty, lam_optimizer = parts()
+    correct(model, optimizer, lam_optimizer)
+    w = model[0].weight
+    assert len(_global_optimizer_post_hooks) == before + 1
+    del penalty, lam_optimizer
+    gc.collect()
+    assert len(_global_optimizer_post_hooks) == before
+    assert not w._post_accumulate_grad_hooks
+
+
+def test_copies_in_mid_run_go_on():
+    original = parts()
+    correct(*original[:2], original[3])
+    model, optimizer, _, lam_optimizer = copy.deepcopy(original)
+    for _ in range(3):
+        correct(model, optimizer, lam_optimizer)
+        correct(*original[:2], original[3])
+    assert all(map(torch.equal, model.parameters(), original[0].parameters()))
+
+
+def test_a_penalty_in_the_loss_and_in_the_step_raises():
+    model, optimizer, penalty, lam_optimizer = parts()
+    (nn.functional.cross_entropy(model(X), Y) + penalty()).backward()
+    with pytest.raises(ValueError, match="already, by the loss"):
+        lam_optimizer.step()
+    with pytest.raises(ValueError, match="already, by the loss"):
+        penalty.add_grad_()
+
+
+@pytest.mark.parametrize("make", [halo.LambdaSGD, halo.FusedHALO])
+def test_add_grad_and_the_step_of_lam_raises(make):
+    model, _, penalty, lam_optimizer = parts(make)
+    backward(model)
+    penalty.add_grad_()
+    with pytest.raises(ValueError, match=r"already, by add_grad_\(\)"):
+        lam_optimizer.step()
+
+
+def test_a_penalty_that_is_only_looked_at_does_not_count():
+    model, optimizer, penalty, lam_optimizer = parts()
+    for _ in range(3):
+        penalty().item()
+        correct(model, optimizer, lam_optimizer)
+    penalty().backward()  # for its own sake, and cleared
+    optimizer.zero_grad()
+    penalty.zero_grad()
+    correct(model, optimizer, lam_optimizer)
+
+
+def test_a_term_of_ones_own_on_lam_is_allowed():
+    model, optimizer, penalty, lam_optimizer = parts()
+    (nn.functional.cross_entropy(model(X), Y) + sum(lam.square().sum() for lam in penalty.parameters())).backward()
+    lam_optimizer.step()
+    assert penalty.lambdas["0.weight"].mean() < 0.85  # 1 - 0.1 * 2, where HALO alone moves it by 0.001
+
+
+class Log(halo.Penalty):
+    """xi * sum log(1 + |w| / eps), with a learned eps."""
+
+    def __init__(self, params, *, xi):
+        super().__init__(params)
+        self.xi, self.eps = xi, nn.Parameter(torch.tensor(0.1))
+
+    def forward(self):
+        return self.xi * sum((w.abs() / self.eps).log1p().sum() for w in self.penalized.values())
+
+
+class SquaredHALO(halo.HALO):
+    """HALO with another pull of lam, and nothing but the equation."""
+
+    def forward(self):
+        return sum(
+            self.xi * (self.penalized[n].abs() / lam**2).sum() + lam.square().sum() for n, lam in self.lambdas.items()
+        )
+
+
+@pytest.mark.parametrize("make", [lambda p: Log(p, xi=0.1), lambda p: SquaredHALO(p, xi=0.1, psi=0.1)])
+def test_an_equation_alone_is_a_penalty(make):
+    model = parts()[0]
+    penalty = make(halo.penalized_parameters(model))
+    tensors = [*penalty.penalized.values(), *penalty.parameters()]
+    expected = torch.autograd.grad(penalty(), tensors)
+    backward(model)
+    of_loss = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in tensors]
+    penalty.add_grad_()
+    for p, before, grad in zip(tensors, of_loss, expected, strict=True):
+        torch.testing.assert_close(p.grad, before + grad)
+        assert grad.abs().sum() > 0
+
+
+def test_the_fused_step_takes_halo_alone():
+    model = parts()[0]
+    with pytest.raises(ValueError, match="HALO alone, not of SquaredHALO: use LambdaSGD"):
+        halo.FusedHALO(SquaredHALO(halo.penalized_parameters(model), xi=0.1, psi=0.1), lr=0.1)
+
+
+def test_closed_forms_are_used_where_they_are(monkeypatch):
+    monkeypatch.setattr(halo.Penalty, "_add_autograd_", lambda _: pytest.fail("autograd"))
+    for name, coefficients in (
+        ("none", {}),
+        ("halo", {"xi": 1, "psi": 1}),
+        ("l1", {"xi": 1}),
+        ("mcp", {"xi": 1, "psi": 1}),
+    ):
+        model = parts()[0]
+        backward(model)
+        halo.make_penalty(name, halo.penalized_parameters(model), **coefficients).add_grad_()

@@ -1,0 +1,140 @@
+"""What every penalty is: named tensors, an equation, and its gradient added to theirs without autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from .guard import GradientGuard, distinct
+from .memory import gradient
+
+
+class Penalty(nn.Module):
+    """A penalty on named tensors; this base class is the penalty zero (training without one).
+
+    Args:
+        params: name to tensor of any shape, the penalised parameters w. They are read and their `.grad` is added
+            to, but they do not become parameters of the penalty: `penalty.parameters()` are the learned lam only.
+            A tensor that stands in it twice (tied weights) is penalised once.
+
+    Raises:
+        ValueError: it is no mapping, there is no tensor, or one is not floating point.
+
+    Note:
+        Computed in fp32 whatever the type of w (fp64 for fp64): xi = 1e-8 underflows in fp16, 1/lam^2 overflows.
+        `penalty.half()` and the like leave lam in it too. `model.penalty = HALO(...)` makes lam a part of
+        `model.parameters()` and of the model's state_dict; with `LambdaSGD` that is harmless, since lam has no gradient
+        outside of its step. A penalty of your own needs `forward()`, and `__init__` for what it learns.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.penalized = distinct(params)
+        self._dtype = torch.promote_types(self._first.dtype, torch.float32)
+        self.guard, self._entered = GradientGuard(self.penalized), set()
+
+    def __call__(self) -> Tensor:
+        """Return `forward()`, and notice it if a backward pass goes through that."""
+        total = super().__call__()
+        if total.requires_grad and not torch.compiler.is_compiling():
+            total.register_hook(self._note_backward)
+        return total
+
+    def _note_backward(self, _: Tensor) -> None:
+        self._entered.add("the loss")
+
+    def require_absent(self, *ways: str) -> None:
+        """Raise if the gradients hold the penalty already.
+
+        Args:
+            ways: on which it may have entered: "the loss", "add_grad_()".
+
+        Raises:
+            ValueError: it entered on one of these, and lam has the gradient of it.
+        """
+        if all(lam.grad is None for lam in self.lambdas.values()):
+            self._entered.clear()
+        for way in self._entered.intersection(ways):
+            raise ValueError(
+                f"these gradients hold the penalty already, by {way}: add it in one way alone, by the step of a "
+                "LambdaSGD, or by add_grad_() and an optimizer of your own for lam, or in the loss and by that"
+            )
+
+    @property
+    def _first(self) -> Tensor:
+        return next(iter(self.penalized.values()))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Penalty:
+        """Move lam as `nn.Module.to` does, but never to another type."""
+
+        def keep_type(lam: Tensor) -> Tensor:
+            moved = fn(lam)
+            return moved if moved.dtype == lam.dtype else lam.to(moved.device)
+
+        return super()._apply(keep_type, recurse)
+
+    @property
+    def lambdas(self) -> dict[str, Tensor]:
+        """The learned coefficients by the name of their weight; empty if nothing is learned."""
+        return {}
+
+    def strength(self, lam: Tensor | None = None) -> Tensor:
+        """Return the slope of the penalty in |w| at w = 0 for this lam (ignored where nothing is learned)."""
+        return torch.zeros(())
+
+    def forward(self) -> Tensor:
+        """Return the penalty as a differentiable scalar."""
+        return torch.zeros((), dtype=self._dtype, device=self._first.device)
+
+    @torch.no_grad()
+    def add_grad_(self, *, scaler: GradScaler | None = None) -> None:
+        """Add the gradient of `forward()` to `.grad` of the weights and of lam, in closed form where there is one.
+
+        Call it once a step, after the last backward pass. A `.grad` that is None counts as zero. Tensors that do not
+        require a gradient are left alone.
+
+        Args:
+            scaler: the one that scaled the loss, if one did: unless `scaler.unscale_(optimizer)` was called since, the
+                penalty's gradient gets the same scale. Without it, unscaling would divide the penalty away.
+
+        Raises:
+            ValueError: a tensor left the model or was moved; the gradients hold the penalty already, be it from the
+                loss or from before a further backward pass; or that of the last step never reached the weights.
+        """
+        self.require_absent("the loss")
+        with self.guard.adding(scaler):
+            if has_closed_form(type(self)):
+                self._add_grad_()
+            else:
+                self._add_autograd_()
+        self._entered.add("add_grad_()")
+
+    @torch.enable_grad()
+    def _add_autograd_(self) -> None:
+        trained = [p for p in (*self.penalized.values(), *self.parameters()) if p.requires_grad]
+        for p, grad in zip(trained, torch.autograd.grad(self.forward(), trained, allow_unused=True), strict=True):
+            if grad is not None:
+                gradient(p).add_(grad)
+
+    def _add_grad_(self) -> None:
+        for name, w in self.penalized.items():
+            if w.requires_grad:
+                self._add_weight_grad_(name, w, gradient(w))
+
+    def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
+        """Add d/dw for one tensor (and d/dlam where lam has its shape)."""
+
+    def _elements(self, w: Tensor) -> Tensor:
+        return w.to(self._dtype)
+
+
+def has_closed_form(penalty: type[Penalty]) -> bool:
+    """Return whether the closed form is that of `forward()`, not of a class whose `forward()` was replaced."""
+
+    def depth(method: str) -> int:
+        return next(index for index, owner in enumerate(penalty.__mro__) if method in vars(owner))
+
+    return min(depth("_add_grad_"), depth("_add_weight_grad_")) <= depth("forward")
