@@ -21,8 +21,9 @@ from statistics import mean, stdev
 from utils import options
 from utils.files.atomic import write_text
 from utils.logger import say
+from utils.paths import portable_arguments
 from utils.plot_methods import failed_to_learn
-from utils.run import portable_arguments, read_json, require_writable, run_script, write_json
+from utils.run import read_json, require_writable, run_script, write_json
 from utils.studies.adaptivity import LABELS, HaloRun, describe_lambdas, draw, load_run, measure_control
 from utils.studies.measurements import read_accuracies
 from utils.studies.report import top1_table

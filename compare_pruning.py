@@ -3,7 +3,8 @@
     python compare_pruning.py none/pruned/prune.json halo/pruned/prune.json --labels none HALO --save compare.png
 
 Prints a table in Markdown: top-1 before pruning and at every ratio that a run has; a cell is empty where a run was not
-pruned at that ratio. All runs must be of one network on the same images, unless --mixed says otherwise.
+pruned at that ratio. A network that had zeros before its cut goes by its true sparsity, before and after it. All runs
+must be of one network on the same images, unless --mixed says otherwise.
 """
 
 if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch is loaded too
@@ -18,9 +19,10 @@ from pathlib import Path
 from models import with_depth
 from utils import options
 from utils.logger import say
+from utils.paths import labels_of
 from utils.plot_methods import plot_comparison
-from utils.run import portable_path, refuse_existing, run_script
-from utils.studies.measurements import accuracies_of, read_measurement
+from utils.run import refuse_existing, run_script
+from utils.studies.measurements import accuracies_of, is_number, read_measurement
 
 COMPARED = ("dataset", "images", "arch", "depth")  # in which runs must agree
 
@@ -38,7 +40,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def read_report(path: str) -> tuple[dict, dict[float, float]]:
-    """Return what a run is of, and its top-1 in percent by ratio, 0 for the network before pruning.
+    """Return what a run is of, and its top-1 in percent by sparsity, 0 for a network that was dense before.
 
     Raises:
         ValueError: the file is missing or not written by the pruning stage.
@@ -53,7 +55,13 @@ def read_report(path: str) -> tuple[dict, dict[float, float]]:
     kinds = {key: (int, type(None)) if key == "depth" else str for key in COMPARED}
     if not all(key in report and isinstance(report[key], kind) for key, kind in kinds.items()):
         raise ValueError(f"{path} does not say what it is of ({', '.join(COMPARED)}): use another copy")
-    return {key: report[key] for key in COMPARED}, accuracies_of(report)
+    setting = {key: report[key] for key in COMPARED}
+    if not report["before"].get("sparsity"):
+        return setting, accuracies_of(report)
+    measured = [(report["before"], report["before"]), *((result, result["after"]) for result in report["results"])]
+    if not all(is_number(cut.get("sparsity"), high=1) for cut, _ in measured):
+        raise ValueError(f"{path} does not say its sparsity in numbers from 0 to 1: use another copy")
+    return setting, {round(cut["sparsity"], 4): accuracy["top1"] for cut, accuracy in measured}
 
 
 def require_alike(runs: Mapping[str, Mapping]) -> None:
@@ -92,8 +100,11 @@ def finding(runs: dict[str, dict[float, float]]) -> str:
     Where every ratio costs it more than that, the lowest.
 
     Raises:
-        OptionError: they have no ratio in common.
+        OptionError: they have no ratio in common, or one was not dense before.
     """
+    for label, run in runs.items():
+        if 0.0 not in run:
+            raise options.OptionError(f"--sentence is of dense networks and their cut, {label} had zeros: leave it out")
     *_, last = runs.values()
     ratios = sorted(set.intersection(*(set(run) for run in runs.values())) - {0.0})
     if not ratios:
@@ -109,7 +120,7 @@ def main(args: argparse.Namespace) -> dict:
     Returns:
         Label to ratio to top-1 in percent.
     """
-    labels = args.labels or [portable_path(path) for path in args.reports]
+    labels = args.labels or labels_of(args.reports)
     if len(set(labels)) != len(args.reports):
         raise options.OptionError("give as many different --labels as there are reports")
     if args.save:

@@ -13,7 +13,10 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch 
     leave_when_interrupted()
 
 import argparse
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -24,7 +27,8 @@ from utils.files.atomic import atomic_write, printable
 from utils.files.checkpoint import load_checkpoint
 from utils.files.record import read_record, same_network
 from utils.logger import say, warn
-from utils.run import all_or_none, portable_path, refuse_existing, run_script, write_json
+from utils.paths import labels_of
+from utils.run import all_or_none, refuse_existing, run_script, write_json
 from utils.stages.energy import POOLS, components, effective_rank, layer_energies, measured_layers
 from utils.stages.subject import Subject, load_subject
 from utils.training.data import DATASETS
@@ -107,13 +111,21 @@ def describe(energies: dict[str, torch.Tensor]) -> dict:
     }
 
 
+def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write what `numpy.savez` does, whatever the names: that takes them as keywords, of which `file` is its own."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array)
+
+
 def main(args: argparse.Namespace) -> dict:
     """Measure and draw as the options say.
 
     Returns:
         The content of OUT.json.
     """
-    labels = args.labels or [printable(portable_path(path)) for path in args.checkpoint]
+    labels = args.labels or [printable(label) for label in labels_of(args.checkpoint)]
     if len(set(labels)) != len(args.checkpoint):
         raise options.OptionError("give as many different --labels as there are checkpoints")
     stem = Path(args.save).with_suffix("") if Path(args.save).suffix in (".npz", ".json", ".png") else Path(args.save)
@@ -128,7 +140,7 @@ def main(args: argparse.Namespace) -> dict:
     report["checkpoints"] = {label: describe(es) for label, es in energies.items()}
     with all_or_none(paths.values()):
         with atomic_write(paths["npz"]) as file:
-            np.savez(file, **arrays)
+            write_npz(file, arrays)
         write_json(paths["json"], report)
         plots.plot_energy(report["checkpoints"], paths["png"], pool=args.pool, energies=energies)
     for label, layers in report["checkpoints"].items():

@@ -27,7 +27,8 @@ from utils import options
 from utils.command_line import option
 from utils.files.lock import Lock, folder_lock
 from utils.logger import duration, say
-from utils.run import portable_path, require_writable, run_script
+from utils.paths import portable_path
+from utils.run import require_writable, run_script
 from utils.studies.checks import check_numbers
 from utils.studies.cluster import cluster_workers
 from utils.studies.executors import Workers, local_workers, processes_here

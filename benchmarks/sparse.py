@@ -8,7 +8,6 @@ Run it with nothing else on the machine. Leaves sparse.json (which it adds to) a
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from benchmarks.timing import interleave, rows
 from utils.halo.sparse_program import Shape
 from utils.halo.sparse_terms import live_network
 from utils.halo.sparse_trace import trace
-from utils.run import describe, run_script, write_json
+from utils.run import describe, read_json, run_script, write_json
 
 FAMILIES = {"VGG-16": 3, "ResNet-20": 9, "LeNet-300-100": 41}  # repetitions of a time in the figure
 SPARSITIES = (0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -89,7 +88,7 @@ def main(args: argparse.Namespace) -> dict:
     folder = Path(args.save)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sparse.json"
-    results = json.loads(path.read_text()) if path.exists() else {"machine": {}, "tables": {}}
+    results = read_json(path) or {"machine": {}, "tables": {}}
     results["machine"] = describe(args, torch.device("cpu"))
     engines = [engine for engine in ENGINES if engine in {*args.engines, "torch eager", "sparse"} - {*missing()}]
     if missing():

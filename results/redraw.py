@@ -4,13 +4,14 @@
     python results/redraw.py results/mnist_lenet300    # only those in these folders
 
 Needs no images and no networks but those in pretrained_models/. Writes the tables of the studies too, from the same
-numbers. Ends at a figure that it cannot draw, with its name and exit status 1.
+numbers. Ends at a figure that it cannot draw, with its name and exit status 1, as at a folder that has none.
 """
 
 import argparse
 import csv
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from benchmarks.report import plot_scaling, plot_sparsity
 from utils import options, plots
 from utils.files.checkpoint import load_checkpoint
 from utils.logger import say
-from utils.run import REPOSITORY, read_json, run_script
+from utils.paths import REPOSITORY
+from utils.run import read_json, run_script
 from utils.studies.adaptivity import draw
 from utils.studies.report import write_report
 from utils.studies.study import load_study
@@ -62,7 +64,7 @@ SINGLE = {
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = options.Parser(__doc__)
-    folders = ["results", "benchmarks"]
+    folders = [REPOSITORY / "results", REPOSITORY / "benchmarks"]
     text = "only the figures in these (default: results benchmarks)"
     parser.add_argument("folders", metavar="FOLDER", nargs="*", default=folders, help=text)
     return parser
@@ -84,6 +86,8 @@ def curves(folder: Path, name: str) -> None:
     run = folder.parent / SINGLE[name][0] / "run" if name in SINGLE else folder
     with open(run / "log.csv", newline="") as file:
         rows = [{key: float(v) if v else v for key, v in row.items()} for row in csv.DictReader(file)]
+    if not rows:
+        raise ValueError(f"{run / 'log.csv'} has no epoch")
     draw_curves(folder, rows, read_json(run / ("summary.json" if name in SINGLE else "config.json"))["arguments"])
 
 
@@ -94,8 +98,10 @@ def regularization(folder: Path, name: str) -> None:
         draw_regularization(folder, summary["final"], summary["arguments"])
         return
     with open(folder / "log.csv", newline="") as file:
-        *_, last = csv.DictReader(file)
-    draw_regularization(folder, last, read_json(folder / "config.json")["arguments"])
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{folder / 'log.csv'} has no epoch")
+    draw_regularization(folder, rows[-1], read_json(folder / "config.json")["arguments"])
 
 
 def layers(folder: Path, name: str) -> None:
@@ -131,6 +137,12 @@ def accuracy_vs_sparsity(folder: Path, name: str) -> None:
         plots.plot_accuracy_vs_sparsity(read_json(folder / "prune.json"), folder / "accuracy_vs_sparsity.png")
 
 
+def pareto(folder: Path, name: str) -> None:
+    """Draw pareto.png of a study, which comes with its other figure where there is that."""
+    if not (folder / "accuracy_vs_sparsity.png").exists():
+        study(folder)
+
+
 def study(folder: Path) -> None:
     """Write the tables and figures of a study; the command in its table stays."""
     lines = (folder / "table.md").read_text().splitlines()
@@ -155,13 +167,14 @@ def sparse(folder: Path, name: str) -> None:
     plot_sparsity(read_json(folder / "sparse.json")["sparsity"], folder / "sparse.png")
 
 
+DAMAGED = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile)  # what reading such data raises
 DRAWN_BY: dict[str, Callable[[Path, str], None]] = {
     "accuracy_vs_sparsity.png": accuracy_vs_sparsity,
     "adaptivity.png": controls,
     "curves.png": curves,
     "energy.png": energy,
     "layers.png": layers,
-    "pareto.png": lambda folder, name: None,  # with the study's other figure
+    "pareto.png": pareto,
     "regularization.png": regularization,
     "scaling.png": scaling,
     "sparse.png": sparse,
@@ -175,14 +188,18 @@ def main(args: argparse.Namespace) -> dict:
         `drawn`, their number.
 
     Raises:
-        ValueError: a figure's data are missing.
+        ValueError: a folder has no figure, or a figure's data are missing or damaged.
     """
-    figures = sorted({path for folder in args.folders for path in Path(folder).resolve().rglob("*.png")})
+    found = {folder: [*Path(folder).resolve().rglob("*.png")] for folder in args.folders}
+    for folder, paths in found.items():
+        if not paths:
+            raise ValueError(f"{folder} is no folder with a figure: give one below results or benchmarks")
+    figures = sorted({path for paths in found.values() for path in paths})
     for path in figures:
         name = path.parent.relative_to(REPOSITORY).as_posix()
         try:
             DRAWN_BY[path.name](path.parent, name)
-        except (OSError, KeyError, TypeError) as error:
+        except DAMAGED as error:
             raise ValueError(f"{name}/{path.name} cannot be drawn: {type(error).__name__} {error}") from error
         say(f"{name}/{path.name}")
     return {"drawn": len(figures)}

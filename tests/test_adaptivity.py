@@ -9,7 +9,7 @@ import torch
 import adaptivity
 from mnist import mnist
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
-from utils.run import portable_path
+from utils.paths import portable_path
 from utils.studies.adaptivity import (
     LABELS,
     AveragedHALO,

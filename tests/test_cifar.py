@@ -17,7 +17,8 @@ from conftest import start, train, write_images
 
 from models import build_model
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
-from utils.run import RUN_FILES, portable_path, read_json
+from utils.paths import portable_path
+from utils.run import RUN_FILES, read_json
 from utils.training.experiment import Experiment
 
 HALO = ["--halo", "--xi", "1e-3", "--psi", "1e-3"]

@@ -40,6 +40,16 @@ def test_one_image_has_no_covariance():
         stream.covariance()
 
 
+def test_what_varies_by_rounding_alone_is_constant():
+    """Outputs of one input in batches of several sizes differ in the last bit of fp32."""
+    noise = torch.finfo(torch.float32).eps * torch.randint(-1, 2, (50, 3), generator=RANDOM)
+    stream = StreamingCovariance(3)
+    stream.update(torch.tensor([3.0, -700.0, 0.0]) * (1 + noise))
+    assert not stream.covariance().any()
+    stream.update(torch.tensor([[3.0, -700.01, 0.0]]))
+    assert stream.covariance()[1, 1] > 0 and not stream.covariance()[0].any()
+
+
 def test_energy_by_hand():
     energy = eigenvalue_energy(torch.diag(torch.tensor([1.0, 6.0, 3.0, 0.0], dtype=torch.float64)))
     assert energy.tolist() == pytest.approx([0.6, 0.3, 0.1, 0])

@@ -19,7 +19,7 @@ from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.halo.lambda_sgd import FusedHALO, LambdaSGD
 from utils.halo.masks import and_
 from utils.halo.memory import CHUNK
-from utils.run import portable_path
+from utils.paths import portable_path
 from utils.training import experiment
 from utils.training.compiled import find_compiler
 

@@ -22,6 +22,7 @@ from models import build_model
 from utils import prunable_weights
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.halo.pruning import SCHEMES
+from utils.run import write_json
 from utils.stages.energy import POOLS, layer_energies
 from utils.stages.prune import recalibrate_batch_norm
 from utils.training.data import load_dataset
@@ -318,6 +319,69 @@ def test_comparison_of_runs(network, tmp_path, capsys, fails_in):
     status, line = fails_in(compare_pruning, tmp_path / "c.png")
     assert status == 1 and "no prune.json" in line and "remove" not in line
     assert "--overwrite" in fails_in(compare_pruning, *files, "--save", tmp_path / "c.png")[1]
+
+
+def test_a_network_that_had_zeros_goes_by_its_true_sparsity(network, tmp_path, capsys, fails_in):
+    options, model = network
+    first = ["--percent", "0.5", "--resume", model, "--save_dir", tmp_path / "a"]
+    once = call(cifar_prune_iterative, *options, *first)
+    pruned = tmp_path / "a" / "pruned_0.5.pth.tar"
+    twice = call(cifar_prune_iterative, *options, "--percent", "0.8", "--resume", pruned, "--save_dir", tmp_path / "b")
+    files = [tmp_path / name / "prune.json" for name in ("a", "b")]
+    capsys.readouterr()
+    call(compare_pruning, *files, "--labels", "one", "two")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| | dense | 0.5 | 0.9 |"
+    kept = f"{once['results'][0]['after']['top1']:.2f}"
+    assert lines[2].endswith(f" | {kept} |  |")
+    assert lines[3] == f"| two |  | {kept} | {twice['results'][0]['after']['top1']:.2f} |"
+    status, line = fails_in(compare_pruning, *files, "--labels", "one", "two", "--sentence")
+    assert status == 2 and "two had zeros" in line
+    report = json.loads(files[1].read_text())
+    report["results"][0]["sparsity"] = "0.9"
+    write_json(files[1], report)
+    assert "does not say its sparsity" in fails_in(compare_pruning, *files)[1]
+
+
+def test_pruned_networks_that_are_not_replaced_are_named(network, tmp_path, capfd):
+    options, model = network
+    prune = ["--resume", model, "--save_dir", tmp_path, "--overwrite"]
+    call(cifar_prune_iterative, *options, *prune, "--percent", "0.5", "0.9")
+    assert "earlier run" not in "".join(capfd.readouterr())
+    call(cifar_prune_iterative, *options, *prune, "--percent", "0.9")
+    said = "".join(capfd.readouterr())
+    assert "prune.json is not about pruned_0.5.pth.tar, which an earlier run left" in said
+    assert (tmp_path / "pruned_0.5.pth.tar").exists()
+
+
+def test_an_accuracy_of_held_out_images_says_so(tiny, tmp_path, capsys, no_figures):
+    call(cifar, *tiny, "--val_split", 9)
+    final = tmp_path / "run" / "final.pth.tar"
+    prune = ["--data", tiny[3], "--percent", "0.5", "--resume", final]
+    call(cifar_prune_iterative, *prune, "--val_split", 9, "--save_dir", tmp_path / "val")
+    call(cifar_prune_iterative, *prune, "--save_dir", tmp_path / "test")
+    for path, images in ((final, "val"), *((tmp_path / s / "pruned_0.5.pth.tar", s) for s in ("val", "test"))):
+        capsys.readouterr()
+        report = call(check_params, "--data", tiny[3], "--checkpoint", path)
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert report["stored_images"] == images and ("of held-out images)" in said) == (images == "val")
+
+
+def test_a_layer_may_be_named_as_an_argument_of_numpy(tmp_path):
+    with open(tmp_path / "e.npz", "wb") as file:
+        compute_energy.write_npz(file, {"file": np.arange(3.0), "a/conv1": np.ones(2)})
+    with np.load(tmp_path / "e.npz") as arrays:
+        assert list(arrays) == ["file", "a/conv1"] and arrays["file"].tolist() == [0, 1, 2]
+
+
+def test_evaluate_takes_the_images_that_the_file_is_of(tmp_path, fails_in, no_figures):
+    call(mnist.mnist, "-d", "digits", "--epochs", 1, "--schedule", "--save_dir", tmp_path / "run")
+    final = ["-e", "--resume", tmp_path / "run" / "final.pth.tar"]
+    status, line = fails_in(mnist.mnist, *final)
+    assert status == 2 and "-d mnist is not what" in line and "give -d digits" in line
+    assert call(mnist.mnist, "-d", "digits", *final)["top1"] > 20
+    status, line = fails_in(mnist.mnist, "-d", "digits", *final, "--no_test", "--val_split", 100)
+    assert status == 2 and "--evaluate reads the test images" in line
 
 
 @pytest.mark.parametrize(

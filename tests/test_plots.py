@@ -427,3 +427,56 @@ def test_figures_are_drawn_again_from_what_is_committed(tmp_path, folder, name):
 def test_layers_of_a_network_that_is_not_kept_say_so(tmp_path):
     with pytest.raises(ValueError, match="is not kept in pretrained_models"):
         redraw().DRAWN_BY["layers.png"](tmp_path, "results/replication/cifar100_resnet50/halo_1e-8")
+
+
+def test_regularization_of_weights_that_are_all_zero(figure):
+    counts = plot_lambda.histograms(np.zeros(50, np.float32), np.full(50, 0.5, np.float32))
+    drawn = figure(plot_lambda.plot_regularization, counts, title="t", still=(1e-4, 1e-4, 0.0))
+    assert "weights a cell" in [axes.get_ylabel() for axes in drawn.axes]
+
+
+def test_more_curves_than_there_are_looks_repeat_some():
+    found = looks([f"run {number}" for number in range(200)])
+    assert len(found) == 200 and len({str(look) for look in [*found.values()][:60]}) == 60
+
+
+def run_redraw(*folders):
+    module = redraw()
+    return module.main(module.get_parser().parse_args([str(folder) for folder in folders]))
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "empty/x.txt"])
+def test_redraw_refuses_a_folder_without_figures(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.txt").touch()
+    with pytest.raises(ValueError, match=f"{name} is no folder with a figure"):
+        run_redraw(tmp_path / name)
+
+
+def test_redraw_draws_those_of_the_project_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [folder.is_relative_to(ROOT) for folder in redraw().get_parser().parse_args([]).folders] == [True, True]
+
+
+def test_a_study_with_one_figure_is_drawn_again(tmp_path, monkeypatch):
+    module, drawn = redraw(), []
+    monkeypatch.setattr(module, "study", lambda folder: drawn.append(folder))
+    module.pareto(ROOT / "results" / "replication" / "cifar10_resnet20_short", "")
+    module.pareto(ROOT / "results" / "replication" / "mnist_lenet300", "")  # with its other figure
+    assert [folder.name for folder in drawn] == ["cifar10_resnet20_short"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("regularization.npz", b""), ("regularization.npz", b"PK"), ("log.csv", b""), ("log.csv", b"epoch\n")],
+)
+def test_redraw_names_the_figure_whose_data_are_damaged(tmp_path, monkeypatch, file, content):
+    module, copy = redraw(), tmp_path / "results" / "halo"
+    shutil.copytree(ROOT / "results" / "mnist_lenet300" / "halo_1e-4_1e-4", copy)
+    (copy / file).write_bytes(content)
+    for figure in copy.glob("*.png"):
+        if figure.name != "regularization.png":
+            figure.unlink()
+    monkeypatch.setattr(module, "REPOSITORY", tmp_path)
+    with pytest.raises(ValueError, match="results/halo/regularization.png cannot be drawn"):
+        module.main(module.get_parser().parse_args([str(tmp_path / "results")]))

@@ -1,12 +1,14 @@
 """What is kept or committed names no folder of a machine."""
 
+import json
 import re
 import subprocess
 
 import pytest
 from conftest import ROOT
 
-from utils.run import REPOSITORY, portable_arguments, portable_path, read_json, write_json
+from utils.paths import REPOSITORY, labels_of, portable_arguments, portable_path
+from utils.run import read_json, write_json
 
 # In pieces, so that this file does not name one itself.
 MACHINE = re.compile(r"(?<![\w.])/(?:" + "|".join(["work", "tmp", "root", "home", "farm"]) + r")/\w")
@@ -61,3 +63,32 @@ def test_no_committed_text_names_a_folder_of_a_machine():
         found += [f"{path.relative_to(ROOT)}: {hit[0]}" for hit in MACHINE.finditer(content.decode("utf-8", "ignore"))]
     assert found == []
     assert read > 1000
+
+
+def test_every_committed_report_has_its_checksum():
+    paths = [path for folder in ("results", "benchmarks") for path in (ROOT / folder).rglob("*.json")]
+    assert len(paths) > 100
+    for path in paths:
+        read_json(path)
+
+
+def test_what_was_read_can_be_written_again(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert len(content) == 2  # its checksum beside it
+    write_json(tmp_path / "a.json", content | {"b": 2})
+    assert read_json(tmp_path / "a.json") == {"a": 1, "b": 2}
+
+
+def test_labels_are_as_long_as_it_takes_to_tell_files_apart():
+    one, other = (f"{AWAY}/{name}/pruned/prune.json" for name in ("a", "b"))
+    assert labels_of([one, AWAY]) == ["pruned/prune.json", "halo/final.pth.tar"]
+    assert labels_of([one, other]) == ["a/pruned/prune.json", "b/pruned/prune.json"]
+    assert labels_of(["x/prune.json", "y/prune.json"]) == ["x/prune.json", "y/prune.json"]
+    assert len({*labels_of([one, one])}) == 1
+    assert labels_of([]) == []
+
+
+def test_two_keys_stay_two(tmp_path):
+    write_json(tmp_path / "a.json", {f"{AWAY}/{name}/b/c": name for name in ("x", "y")})
+    assert {"x/b/c": "x", "y/b/c": "y"}.items() <= read_json(tmp_path / "a.json").items()

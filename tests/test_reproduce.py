@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import reproduce
 from utils.logger import duration
-from utils.run import portable_path
+from utils.paths import portable_path
 from utils.studies import executors
 from utils.studies.jobs import jobs_before, tuning_jobs
 from utils.studies.measurements import read_accuracies, read_seconds

@@ -173,6 +173,8 @@ def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], i
         raise OptionError("--psi 0 makes MCP divide by zero: give a positive number")
     if args.no_test and not args.val_split:
         raise OptionError("--no_test leaves nothing to choose the best epoch on: add --val_split N")
+    if args.evaluate and args.no_test:
+        raise OptionError("--evaluate reads the test images, --no_test leaves them alone: give one of them")
     if args.evaluate and not args.resume:
         raise OptionError("--evaluate needs the checkpoint to evaluate: add --resume FILE")
     resolve_zeros(args)

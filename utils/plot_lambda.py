@@ -127,14 +127,17 @@ def _histogram(axes: Axes, counts: np.ndarray, edges: np.ndarray, colour: str, l
     """Draw counts on a logarithmic axis: a few large lam matter as much as the many small ones."""
     axes.stairs(counts, edges, fill=True, color=colour)
     _scale(axes.xaxis, edges)
-    axes.set(xlabel=label, ylabel="count", yscale="log", xlim=(edges[0], edges[-1]), ylim=(0.7, None))
+    axes.set(xlabel=label, ylabel="count", xlim=(edges[0], edges[-1]))
+    if counts.any():
+        axes.set(yscale="log", ylim=(0.7, None))
     axes.grid(alpha=0.3)
 
 
 def _scatter(figure: Figure, axes: Axes, counts: Mapping[str, np.ndarray]) -> None:
     """Draw how many weights lie in each cell of |w| and |lam|."""
     both = np.ma.masked_equal(counts["both"].T, 0)
-    mesh = axes.pcolormesh(counts["w_edges"], counts["lam_edges"], both, norm=LogNorm(), cmap="Greys")
+    norm = LogNorm() if both.count() else LogNorm(1, 2)  # where all weights are zero, nothing is drawn
+    mesh = axes.pcolormesh(counts["w_edges"], counts["lam_edges"], both, norm=norm, cmap="Greys")
     figure.colorbar(mesh, ax=axes, label="weights a cell")
     _scale(axes.xaxis, counts["w_edges"])
     _scale(axes.yaxis, counts["lam_edges"])

@@ -78,7 +78,7 @@ def _spares() -> Iterator[tuple[bool, object, str]]:
 
 
 def looks(labels: Iterable[str]) -> dict[str, dict]:
-    """Return how each label's curve is drawn, as keywords of `Axes.plot`; no two are alike.
+    """Return how each label's curve is drawn, as keywords of `Axes.plot`; no two of the first 60 are alike.
 
     A method has one colour everywhere, and one marker. A second curve of the same method keeps the colour and gets a
     marker and a line of its own; so does one whose label names no method.
@@ -88,7 +88,7 @@ def looks(labels: Iterable[str]) -> dict[str, dict]:
     """
     found: dict[str, dict] = {}
     taken: set[str] = set()
-    spares = _spares()
+    spares = itertools.cycle(_spares())
     colours = itertools.cycle(SPARE_COLOURS)
     for label in labels:
         method = method_of(label)

@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from models import with_depth
+from utils.paths import portable_path
 from utils.plot_style import DARK, LIGHT, MIDDLE, legend_below, looks, save_figure, sparsity_axis, tick_label
-from utils.run import portable_path
 
 
 def plot_curves(history: Sequence[dict], path: str | Path, *, title: str) -> None:

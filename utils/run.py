@@ -24,8 +24,8 @@ from utils.files.texts import CHECKSUM, checksum, parse_json
 from utils.interrupts import Terminated, raised_when_interrupted
 from utils.logger import show_warnings_as_notes
 from utils.options import OptionError
+from utils.paths import REPOSITORY, labels_of, portable_arguments
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 RUN_FILES = """
     config.json log.csv summary.json curves.png regularization.png regularization.npz
     init.pth.tar checkpoint.pth.tar model_best.pth.tar final.pth.tar
@@ -257,32 +257,6 @@ def describe(args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
-def portable_path(path: str | Path) -> str:
-    """Name a file so that no folder of this machine shows, for what is kept or shown to others.
-
-    Args:
-        path: of a file or folder; a relative one is left as it is.
-
-    Returns:
-        An absolute path relative to the repository, or its last two parts where it lies elsewhere.
-    """
-    absolute = Path(path)
-    if not absolute.is_absolute():
-        return str(path)
-    if absolute.is_relative_to(REPOSITORY):
-        return absolute.relative_to(REPOSITORY).as_posix()
-    return "/".join(absolute.parts[1:][-2:])
-
-
-def portable_arguments(arguments: Iterable[str]) -> list[str]:
-    """Return a command line with the paths in it, those behind `--option=` too, as portable_path names them."""
-    named = []
-    for argument in arguments:
-        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        named.append(f"{option}{equals}{portable_path(value)}")
-    return named
-
-
 def read_json(path: str | Path) -> dict | None:
     """Read a JSON file that holds an object; None if there is none.
 
@@ -307,12 +281,14 @@ def write_json(path: str | Path, content: dict) -> None:
 
     def clean(value: object) -> object:
         if isinstance(value, dict):
-            return {portable_path(str(key)): clean(item) for key, item in value.items()}
+            paths = [str(key) for key in value if Path(str(key)).is_absolute()]
+            names = dict(zip(paths, labels_of(paths), strict=True))
+            return {names.get(str(key), str(key)): clean(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [clean(item) for item in value]
         if isinstance(value, (str, Path)):
             return portable_arguments([str(value)])[0]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    cleaned = clean(content)
+    cleaned = clean({key: value for key, value in content.items() if key != CHECKSUM})  # that of an older content
     write_text(path, json.dumps(cleaned | {CHECKSUM: checksum(cleaned)}, indent=2) + "\n")

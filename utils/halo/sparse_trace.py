@@ -222,7 +222,9 @@ class _Translation:
             if make is None:
                 raise self._unknown(node, f"{type(layer).__name__}")
             if flat != isinstance(layer, (nn.Linear, nn.BatchNorm1d)):
-                remedy = "flatten the map before Linear" if not flat else "only Linear and BatchNorm1d read features"
+                remedy = "only Linear and BatchNorm1d read features"
+                if not flat:
+                    remedy = "flatten the map before Linear (the network reads (N, C, H, W))"
                 raise ValueError(f"{name} ({type(layer).__name__}) reads {'features' if flat else 'a map'}: {remedy}")
             self._append(node, replace(make(layer), name=name, source=value), flat=flat)
 

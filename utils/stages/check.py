@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -42,7 +43,8 @@ def check(args: argparse.Namespace) -> dict:
 def _check(args: argparse.Namespace) -> dict:
     subject = load_subject(args, args.checkpoint, images=not args.no_data)
     model, data, device = subject.model, subject.data, subject.device
-    report = {"checkpoint": str(args.checkpoint), "stored_top1": subject.state.get("acc")}
+    stored = {"stored_top1": subject.state.get("acc"), "stored_images": recorded_images(subject.state)}
+    report = {"checkpoint": str(args.checkpoint)} | stored
     report |= {"dataset": args.dataset, "arch": args.arch, "depth": args.depth}
     report |= describe_sparsity(subject, tau=args.tau)
     if data is not None:
@@ -150,11 +152,18 @@ def print_report(report: dict, *, tau: float, classes: int | None) -> None:
         say(f"  N*H(p) + 32*nonzeros bits of the prunable weights: {bound}{times}")
         say(f"  {negative_zeros(c)}")
     stored = report["stored_top1"]
-    said = "no accuracy" if stored is None else f"top-1 {float(stored):.2f}%"
+    of = " of held-out images" if report["stored_images"] == "val" else ""
+    said = "no accuracy" if stored is None else f"top-1 {float(stored):.2f}%{of}"
     if "test" in report:
         say(f"test {result_text(report['test'], classes=classes)}  (the file records {said})")
     else:
         say(f"not evaluated (--no_data); the file records {said}")
+
+
+def recorded_images(state: Mapping) -> str:
+    """Return which images the accuracy in a checkpoint is of: val, which were held out, or test."""
+    pruning, config = state.get("pruning"), state.get("config") or {}
+    return pruning.get("images", "test") if pruning else "val" if config.get("val_split") else "test"
 
 
 def negative_zeros(compact: dict) -> str:

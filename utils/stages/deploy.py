@@ -21,8 +21,9 @@ from utils.halo.shrink import shrink
 from utils.halo.sparse import SparseNetwork
 from utils.logger import say, warn
 from utils.options import OptionError
+from utils.paths import portable_path
 from utils.plot_deploy import plot_deploy
-from utils.run import all_or_none, describe, made_folder, portable_path, refuse_existing, write_json
+from utils.run import all_or_none, describe, made_folder, refuse_existing, write_json
 from utils.stages import export
 from utils.stages.compiler import Compiler
 from utils.stages.proof import PROOF, Form, images_of, print_proof, prove

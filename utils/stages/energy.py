@@ -47,14 +47,17 @@ class StreamingCovariance:
         self.count = total
 
     def covariance(self) -> Tensor:
-        """Return the covariance with divisor count - 1, as numpy.cov does.
+        """Return the covariance with divisor count - 1, as numpy.cov does; 0 where only rounding in fp32 varies.
 
         Raises:
             ValueError: fewer than two vectors were added.
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
-        return self.scatter / (self.count - 1)
+        covariance = self.scatter / (self.count - 1)
+        constant = covariance.diagonal() <= (8 * torch.finfo(torch.float32).eps * self.mean).square()
+        covariance[constant] = covariance[:, constant] = 0
+        return covariance
 
 
 def eigenvalue_energy(covariance: Tensor) -> Tensor:

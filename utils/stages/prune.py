@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from utils.halo.pruning import (
 )
 from utils.logger import result_text, say, warn, write_csv
 from utils.options import OptionError
-from utils.run import all_or_none, made_folder, portable_path, refuse_existing, write_json
+from utils.paths import portable_path
+from utils.run import all_or_none, made_folder, refuse_existing, write_json
 from utils.seeds import set_seed
 from utils.stages.subject import load_subject
 from utils.training.dataset import Dataset
@@ -113,7 +115,16 @@ def prune_and_evaluate(args: argparse.Namespace, *, dataset: str | None = None) 
     with made_folder(Path(args.save_dir)):
         refuse_existing(paths.values(), overwrite=args.overwrite, inputs=[args.resume])
         with all_or_none(paths.values()):
-            return _prune_each(args, paths, dataset)
+            report = _prune_each(args, paths, dataset)
+        _name_others(Path(args.save_dir), paths.values())
+        return report
+
+
+def _name_others(folder: Path, written: Iterable[Path]) -> None:
+    """Say which networks in the folder prune.json is not about: --overwrite replaces only what it writes again."""
+    others = sorted({path.name for path in folder.glob("pruned_*.pth.tar")} - {path.name for path in written})
+    if others:
+        warn(f"prune.json is not about {', '.join(others)}, which an earlier run left in {folder}")
 
 
 def _prune_each(args: argparse.Namespace, paths: dict[str, Path], dataset: str | None) -> dict:
@@ -187,6 +198,7 @@ def _save(
     pruning = {key: result[key] for key in ("asked", "removed", "sparsity", "threshold")}
     kept = {key: state[key] for key in ("epoch", "best_acc", "config", "preprocessing", "class_names") if key in state}
     pruning |= {"of": args.of, "scheme": args.scheme, "seed": args.seed, "checkpoint": str(args.resume)}
+    pruning["images"] = "val" if args.val_split else "test"
     save_checkpoint(path, kept | {"state_dict": model.state_dict(), "acc": accuracy, "pruning": pruning})
 
 

@@ -20,7 +20,8 @@ import torch
 from utils.files.lock import Lock
 from utils.logger import say
 from utils.options import OptionError
-from utils.run import REPOSITORY, require_writable
+from utils.paths import REPOSITORY
+from utils.run import require_writable
 from utils.studies.executors import Workers, count_start, forget_starts, threads_each
 from utils.studies.jobs import Job, run_job
 from utils.training.experiment import Experiment

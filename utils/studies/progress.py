@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import mean
 
 from utils.logger import duration, say
-from utils.run import REPOSITORY, read_json, write_json
+from utils.paths import REPOSITORY
+from utils.run import read_json, write_json
 from utils.studies.jobs import Job, final_jobs, is_trained, jobs_before, tuning_jobs
 from utils.studies.measurements import read_accuracies, read_seconds
 from utils.studies.methods import Config

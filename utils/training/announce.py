@@ -15,7 +15,7 @@ from utils.command_line import option
 from utils.distributed import processes
 from utils.halo.lambda_sgd import load_kernel
 from utils.halo.penalties import HALO, Penalty
-from utils.run import REPOSITORY
+from utils.paths import REPOSITORY
 from utils.training.dataset import Dataset
 
 

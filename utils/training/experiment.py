@@ -143,7 +143,7 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
         The content of summary.json; with --evaluate, `loss`, `top1`, `top5` and `epoch`.
 
     Raises:
-        OptionError: --train_batch has no image for one of the processes.
+        OptionError: --train_batch has no image for one of the processes, or --evaluate gets another data set.
     """
     device = choose_device(args.device)
     if device.type == "cpu":
@@ -155,7 +155,10 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
         with main_first():
             state = load_checkpoint(args.resume) if args.resume else None
             first = state or (load_checkpoint(args.start) if args.start else {})
-            data = loading.load_images(args, read_record(state, args.resume) if state else None)
+            record = read_record(state, args.resume) if state else None
+            if args.evaluate and record and record.dataset != args.dataset:
+                raise OptionError(f"-d {args.dataset} is not what {args.resume} is of: give -d {record.dataset}")
+            data = loading.load_images(args, record)
         say(data_line(args, data))
         path = args.resume or args.start
         model = build_recorded(args.arch, len(data.classes), args.depth, first, path)
