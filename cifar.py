@@ -28,6 +28,7 @@ def get_parser() -> argparse.ArgumentParser:
     options.add_data(parser, datasets_of(RGB), default="cifar10")
     options.add_images(parser)
     options.add_model(parser, CIFAR_ARCHS, default="vgg16_bn")
+    options.add_linear(parser)
     options.add_penalty(parser)
     options.add_training(parser)
     options.add_zeros(parser)

@@ -48,6 +48,7 @@ def get_parser() -> argparse.ArgumentParser:
     options.add_prune(parser, SCHEMES)
     # The release decays every 25,000 steps of 100 images; these are the nearest whole epochs of 600 steps.
     parser.set_defaults(epochs=250, train_batch=100, wd=0.0, schedule=[42, 83, 125, 167, 208])
+    parser.set_defaults(linear=None)  # they take part in all networks here
     parser.set_defaults(**options.NO_IMAGE_OPTIONS)  # these networks take images as they are
     return parser
 

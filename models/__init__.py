@@ -68,12 +68,14 @@ def find_arch(name: str, *, here: bool = True) -> Arch:
     return Arch(partial(build_network, name, import_network(name, here=here)), (3, 32, 32), None, None)
 
 
-def takes_linear(arch: str, model: nn.Module) -> bool:
+def takes_linear(arch: str, model: nn.Module, *, asked: bool = False) -> bool:
     """Return whether the Linear layers of a network are penalised and pruned beside its convolutions.
 
-    Always in the LeNets, never in VGG and ResNet; in a network of your own where it has no convolution.
+    Always in the LeNets, never in VGG and ResNet; in a network of your own where it has no convolution, or if `asked`.
     """
     linear = find_arch(arch).linear
+    if asked and arch not in ARCHS:
+        return True
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return linear if linear is not None else not any(isinstance(m, convolutions) for m in model.modules())
 

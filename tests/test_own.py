@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import cifar
 import cifar_prune_iterative
 import compute_energy
 from models import build_model, check_image_size, check_own_network, find_arch, takes_linear
-from utils import SparseNetwork
+from utils import SparseNetwork, prunable_weights
 from utils.files import load_model
 from utils.files.checkpoint import load_checkpoint
 from utils.files.preprocessing import CIFAR, Preprocessing
@@ -316,3 +317,39 @@ def test_commands_of_the_pages_parse(page):
     assert lines
     for script, options in lines:
         scripts[script].get_parser().parse_args(shlex.split(options))
+
+
+def test_linear_layers_take_part_where_they_are_asked_for(here, images, capsys, fails):
+    own = ["-a", "my_nets:Small", "--linear", "--halo", "--xi", "1e-3", "--psi", "1e-3"]
+    options = ["-d", "folder", "--data", images, "--image_size", "16", "--schedule", *own]
+    train(*options, "--epochs", 2, "--save_dir", "straight")
+    train(*options, "--epochs", 1, "--save_dir", "run")
+    train(*options, "--epochs", 2, "--save_dir", "run", "--resume", "run/checkpoint.pth.tar")
+    one, other = (load_checkpoint(f"{folder}/checkpoint.pth.tar") for folder in ("straight", "run"))
+    assert all(torch.equal(lam, other["lambdas"][name]) for name, lam in one["lambdas"].items())
+    matrices = [name for name, w in one["state_dict"].items() if w.dim() == 2]
+    assert matrices and {*matrices} <= {*one["lambdas"]}
+    without = [option for option in options if option != "--linear"]
+    assert "linear True (now None)" in fails(*without, "--epochs", 2, "--resume", "run/checkpoint.pth.tar")[1]
+    prune = ["--data", images, "-a", "my_nets:Small", "--resume", "run/final.pth.tar", "--percent", "0.5"]
+    layers = call(cifar_prune_iterative, *prune)["results"][0]["layers"]
+    assert {*matrices} <= {layer["name"] for layer in layers} and len(layers) > len(matrices)
+    checked = call(check_params, "--no_data", "-a", "my_nets:Small", "--checkpoint", "run/pruned/pruned_0.5.pth.tar")
+    assert {layer["name"] for layer in checked["layers"]} == {layer["name"] for layer in layers}
+
+
+def test_linear_is_for_networks_of_ones_own(tiny, fails):
+    status, line = fails(*tiny, "--linear")
+    assert status == 2 and "what takes part in resnet is settled: leave it out" in line
+
+
+def test_the_note_of_what_is_left_out_names_options_of_the_scripts(capsys):
+    from utils.logger import show_warnings_as_notes
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        show_warnings_as_notes()
+        prunable_weights(net)
+    said = capsys.readouterr().err
+    assert "attention weights (cifar.py --linear takes them): 2 with 24 parameters" in said and "exclude" not in said

@@ -104,11 +104,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
 
 
+# What the package says of its arguments, and what stands for it in the scripts.
+IN_SCRIPTS = {
+    "(linear=True takes them)": "(cifar.py --linear takes them)",
+    " Name in exclude= what is to stay out, and this note ends.": "",
+}
+
+
 def show_warnings_as_notes() -> None:
-    """Let what libraries warn of appear in one line, as our own notes do."""
+    """Let what libraries warn of appear in one line, as our own notes do, and name the options that scripts have."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        warn(" ".join(str(message).split()))
+        text = " ".join(str(message).split())
+        for in_a_loop, here in IN_SCRIPTS.items():
+            text = text.replace(in_a_loop, here)
+        warn(text)
 
     warnings.showwarning = show
 

@@ -99,6 +99,13 @@ def add_penalty(parser: argparse.ArgumentParser) -> None:
     add("--released_lr", action="store_true", help="decay the learning rates twice a milestone, as the release does")
 
 
+def add_linear(parser: argparse.ArgumentParser) -> None:
+    """Add the option that takes the Linear layers of a network of the user's own."""
+    group = parser.add_argument_group("network of your own")
+    text = "penalise and prune its Linear and attention layers beside its convolutions"
+    group.add_argument("--linear", action="store_const", const=True, help=text)
+
+
 def add_training(parser: argparse.ArgumentParser) -> None:
     """Add the options of stochastic gradient descent."""
     add = parser.add_argument_group("training").add_argument
@@ -173,6 +180,10 @@ def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], i
         raise OptionError("--psi 0 makes MCP divide by zero: give a positive number")
     if args.no_test and not args.val_split:
         raise OptionError("--no_test leaves nothing to choose the best epoch on: add --val_split N")
+    if args.linear and ":" not in args.arch:
+        raise OptionError(
+            f"--linear is for networks of your own; what takes part in {args.arch} is settled: leave it out"
+        )
     if args.evaluate and args.no_test:
         raise OptionError("--evaluate reads the test images, --no_test leaves them alone: give one of them")
     if args.evaluate and not args.resume:

@@ -76,7 +76,8 @@ def load_subject(
     model.to(device, memory_format=memory_format(args.arch, device))
     used = record.preprocessing if record else data.preprocessing if data else None
     used = used or unrecorded(args.dataset, find_arch(args.arch).shape[0])
-    return Subject(state, model, data, device, takes_linear(args.arch, model), used)
+    linear = takes_linear(args.arch, model, asked=bool((state.get("config") or {}).get("linear")))
+    return Subject(state, model, data, device, linear, used)
 
 
 def check_held_out(state: dict, path: str, val_split: int) -> None:

@@ -22,7 +22,8 @@ from utils.training.experiment import Experiment, train_or_evaluate
 from utils.training.state import FREE_ON_RESUME
 from utils.training.statistics import flatten, rank_correlation
 
-NO_ZEROS = {"start": None, "mask": None, "gmp": None, "gmp_epochs": None}  # which older runs do not record
+# Which older runs do not record.
+NO_ZEROS = {"start": None, "mask": None, "gmp": None, "gmp_epochs": None, "linear": None}
 LABELS = {
     "halo": "HALO",
     "averaged": "lam averaged per layer, each epoch",

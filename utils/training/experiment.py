@@ -191,9 +191,8 @@ def train(
         The content of summary.json.
     """
     coefficients = {"xi": args.xi, "psi": args.psi, "lambda_init": args.lambda_init}
-    penalty = make_penalty(
-        args.penalty, penalized_parameters(model, linear=takes_linear(args.arch, model)), **coefficients
-    )
+    linear = takes_linear(args.arch, model, asked=bool(args.linear))
+    penalty = make_penalty(args.penalty, penalized_parameters(model, linear=linear), **coefficients)
     say(network_line(args, model, penalty))
     say(compute_line(args, penalty, device))
     experiment = kind(args, data, model, penalty, device=device, generator=generator)

@@ -31,7 +31,7 @@ FREE_ON_RESUME = {
 # Options that a resumed run takes from its checkpoint where they are not given.
 KEPT_ON_RESUME = {"start": str, "mask": str, "gmp_epochs": list}
 # Options that shape training and that the checkpoints of older versions, or of other scripts, do not know.
-LATER = ("mask", "gmp", "grow")
+LATER = ("mask", "gmp", "grow", "linear")
 
 
 def network_state(run: Experiment) -> dict:

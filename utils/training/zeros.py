@@ -71,7 +71,7 @@ def read_masks(run: Experiment, path: str) -> dict[str, Tensor]:
 
 def weights_of(run: Experiment) -> dict[str, Tensor]:
     """Return the prunable weights of a run."""
-    return prunable_weights(run.model, linear=takes_linear(run.args.arch, run.model))
+    return prunable_weights(run.model, linear=takes_linear(run.args.arch, run.model, asked=bool(run.args.linear)))
 
 
 def make_zeros(run: Experiment, masks: dict[str, Tensor] | None) -> FixedZeros | None:
