@@ -6,9 +6,10 @@ import gc
 import pytest
 import torch
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, register_optimizer_step_post_hook
 
 from utils import halo
+from utils.halo.fate import FOLLOWED
 from utils.halo.guard import WATCHED_STEPS
 
 X, Y = torch.randn(8, 3, 6, 6), torch.arange(8) % 2
@@ -103,23 +104,47 @@ def test_what_looks_like_it_and_is_right_goes_on(make, between):
         between(model, optimizer, lam_optimizer)
 
 
-def test_nothing_is_watched_after_some_steps_nor_by_a_penalty_that_is_gone():
+def test_nothing_is_followed_after_some_steps_nor_for_a_penalty_that_is_gone():
     gc.collect()
     model, optimizer, penalty, lam_optimizer = parts()
-    before = len(_global_optimizer_post_hooks)
+    before = len(FOLLOWED)
     correct(model, optimizer, lam_optimizer)
-    assert len(_global_optimizer_post_hooks) == before + 1
+    assert len(FOLLOWED) == before + 1
     for _ in range(WATCHED_STEPS):
         correct(model, optimizer, lam_optimizer)
-    assert len(_global_optimizer_post_hooks) == before
+    assert len(FOLLOWED) == before
+    assert not any(w._post_accumulate_grad_hooks for w in penalty.penalized.values())
     model, optimizer, penalty, lam_optimizer = parts()
     correct(model, optimizer, lam_optimizer)
-    w = model[0].weight
-    assert len(_global_optimizer_post_hooks) == before + 1
+    assert len(FOLLOWED) == before + 1
     del penalty, lam_optimizer
     gc.collect()
-    assert len(_global_optimizer_post_hooks) == before
-    assert not w._post_accumulate_grad_hooks
+    assert len(FOLLOWED) == before
+    assert len(_global_optimizer_post_hooks) == 1
+
+
+def test_penalties_may_be_collected_during_a_step():
+    model, optimizer, _, lam_optimizer = parts()
+    optimizer.register_step_post_hook(lambda *_: gc.collect())
+    for _ in range(3):
+        correct(*parts()[:2], parts()[3])  # garbage, in cycles
+        correct(model, optimizer, lam_optimizer)
+
+
+def test_a_penalty_may_be_added_by_a_hook_of_all_optimizers():
+    model, optimizer, _, lam_optimizer = parts()
+
+    def zero_then_next(stepped, *_):
+        if stepped is optimizer:
+            optimizer.zero_grad()
+            backward(model)
+            lam_optimizer.step()
+
+    handle = register_optimizer_step_post_hook(zero_then_next)
+    try:
+        correct(model, optimizer, lam_optimizer)
+    finally:
+        handle.remove()
 
 
 def test_copies_in_mid_run_go_on():

@@ -10,7 +10,7 @@ from test_penalties import random_params
 from torch import nn
 from torch.nn.utils import prune
 
-from utils import HALO, L1, SWS, DecoupledLambdaSGD, FusedHALO, LambdaSGD, penalized_parameters
+from utils import HALO, L1, MCP, SWS, DecoupledLambdaSGD, FusedHALO, LambdaSGD, penalized_parameters
 from utils.halo import lambda_sgd
 from utils.halo.floor import LAMBDA_FLOOR
 from utils.halo.guard import NamedParameters
@@ -528,6 +528,29 @@ def test_decoupled_no_order_is_wrong(order):
 @pytest.mark.parametrize("copies", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))])
 def test_decoupled_goes_on_in_a_copy(copies):
     assert_same(decoupled_loop("once", copies=copies), decoupled_loop("once"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [lambda p: L1(p, xi=0.3), lambda p: MCP(p, xi=0.3, psi=1e6)])
+def test_decoupled_takes_penalties_that_learn_nothing(make):
+    results = []
+    for penalised in (False, True):
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        penalty = make(penalized_parameters(model))
+        lam_optimizer = DecoupledLambdaSGD(penalty, weights=optimizer, **FACTORS)
+        if penalised:
+            lam_optimizer = pickle.loads(pickle.dumps((model, optimizer, penalty, lam_optimizer)))
+            model, optimizer, penalty, lam_optimizer = lam_optimizer
+        loss_of(model).backward()
+        if penalised:
+            lam_optimizer.step()
+            lam_optimizer.load_state_dict(lam_optimizer.state_dict())
+        optimizer.step()
+        results.append([p.detach().clone() for p in penalty.penalized.values()])
+    for plain, pulled in zip(*results, strict=True):
+        torch.testing.assert_close(pulled, plain - 1e-3 * 0.3 * plain.sign(), rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="learns no lam"):
+        LambdaSGD(penalty, **FACTORS)
 
 
 def test_decoupled_wants_every_penalised_weight_in_the_optimizer():

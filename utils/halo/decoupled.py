@@ -21,9 +21,9 @@ class DecoupledLambdaSGD(LambdaSGD):
     penalty, a weight with large gradients hardly at all. Here the pull is what the penalty says.
 
     Args:
-        penalty: its lam are stepped, its gradient moves the weights.
+        penalty: its lam are stepped, its gradient moves the weights; L1 and MCP, which learn nothing, do that alone.
         weights: the optimizer of the weights; it has every penalised weight.
-        lr: learning rate of lam, >= 0.
+        lr: learning rate of lam, >= 0; without lam it makes no difference, nor do the others.
         momentum: of lam, in [0, 1).
         weight_decay: decay of lam, >= 0.
 
@@ -34,6 +34,8 @@ class DecoupledLambdaSGD(LambdaSGD):
         `step()` only asks for it; it takes place at the end of the next `weights.step()`. Where in the loop between two
         of those it is called makes no difference, nor do clipping, accumulation and a GradScaler.
     """
+
+    takes_fixed = True
 
     def __init__(
         self, penalty: Penalty, *, weights: Optimizer, lr: float, momentum: float = 0.0, weight_decay: float = 0.0

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from functools import cache
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+FOLLOWED: weakref.WeakSet[Fate] = weakref.WeakSet()
+
 
 class Fate:
-    """Follows the gradient of one weight from the moment that a penalty was added to it.
-
-    Its hooks see the backward passes that reach the weight and the steps of every torch optimizer; they end with it.
+    """Follows the gradient of one weight from the moment that a penalty was added to it, until `end()`.
 
     Args:
         w: the weight; it has its gradient.
@@ -31,19 +32,33 @@ class Fate:
             if fate:
                 fate._renewed |= not fate._stepped
 
-        def after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-            fate = seen()
-            if fate and any(p is fate.w for group in optimizer.param_groups for p in group["params"]):
-                fate._look()
+        self._handle = w.register_post_accumulate_grad_hook(after_backward)
+        FOLLOWED.add(self)
 
-        for handle in (
-            w.register_post_accumulate_grad_hook(after_backward),
-            register_optimizer_step_post_hook(after_step),
-        ):
-            weakref.finalize(self, handle.remove)
+    def end(self) -> None:
+        """Follow it no longer."""
+        self._handle.remove()
+        FOLLOWED.discard(self)
 
-    def _look(self) -> None:
+    def look(self, optimizer: Optimizer) -> None:
+        """Look at what this optimizer has just stepped with."""
+        if not any(p is self.w for group in optimizer.param_groups for p in group["params"]):
+            return
         if self.w.grad is self.grad:
             self._stepped = True
         elif self._renewed and not self._stepped:
             self.lost = True
+
+
+@cache
+def follow_steps() -> None:
+    """Have every optimizer tell the gradients that are followed of its steps, from now on.
+
+    Called before there is anything to follow: no hook may come or go while an optimizer goes through them.
+    """
+
+    def after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        for fate in [*FOLLOWED]:
+            fate.look(optimizer)
+
+    register_optimizer_step_post_hook(after_step)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 
-from .fate import Fate
+from .fate import Fate, follow_steps
 
 NOWHERE = nn.Module()  # where a name leads that the model no longer has
 
@@ -119,6 +119,7 @@ class GradientGuard:
     """
 
     def __init__(self, params: dict[str, Tensor]) -> None:
+        follow_steps()
         self._params = params
         self._last: LastStep | None = None
         self._watched = 0
@@ -126,6 +127,11 @@ class GradientGuard:
     def __getstate__(self) -> dict:
         """Leave out the gradients, which copies and files do not have."""
         return {"_params": self._params, "_last": None, "_watched": 0}
+
+    def __setstate__(self, state: dict) -> None:
+        """Follow steps also where a file brought this here."""
+        follow_steps()
+        self.__dict__.update(state)
 
     @contextmanager
     def adding(self, scaler: GradScaler | None) -> Iterator[None]:
@@ -152,6 +158,8 @@ class GradientGuard:
 
     def _look_back(self, last: LastStep) -> None:
         self._last = None
+        if last.fate:
+            last.fate.end()
         if last.was_added_to():
             raise ValueError(
                 "these gradients hold the penalty already, and a backward pass was added to them: call add_grad_() or "

@@ -47,11 +47,14 @@ class LambdaSGD(SGD):
         it, the penalty counts in the norm and is shrunk with the rest.
     """
 
+    takes_fixed = False  # whether a penalty without lam makes sense
+
     def __init__(self, penalty: Penalty, *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        if not penalty.lambdas:
+        if not (penalty.lambdas or self.takes_fixed):
             name = type(penalty).__name__
             raise ValueError(f"{name} learns no lam: call penalty.add_grad_() before optimizer.step() instead")
-        super().__init__(penalty.parameters(), lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+        group = {"params": [*penalty.parameters()]}
+        super().__init__([group], lr, momentum=momentum, weight_decay=weight_decay, fused=True)
         self.penalty = penalty
 
     @torch.no_grad()
@@ -84,7 +87,8 @@ class LambdaSGD(SGD):
             raise ValueError(
                 "scaler.step() is for the optimizer of the weights: call step(scaler=scaler) of this one itself"
             )
-        if self.param_groups[0]["params"][0] is not next(self.penalty.parameters()):
+        lams = self.param_groups[0]["params"]
+        if lams and lams[0] is not next(self.penalty.parameters()):
             raise ValueError("lam was exchanged, as by load_state_dict(assign=True): build the optimizer of lam anew")
         with torch.enable_grad():
             loss = closure() if closure else None

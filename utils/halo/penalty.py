@@ -55,7 +55,7 @@ class Penalty(nn.Module):
         Raises:
             ValueError: it entered on one of these, and lam has the gradient of it.
         """
-        if all(lam.grad is None for lam in self.lambdas.values()):
+        if self._entered and all(lam.grad is None for lam in self.lambdas.values()):
             self._entered.clear()
         for way in self._entered.intersection(ways):
             raise ValueError(
