@@ -52,7 +52,7 @@ bench: .venv/installed
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/pip install --quiet --no-compile --requirement requirements-dev.txt
 	@touch $@
 
 .venv-oldest/installed: requirements.txt requirements-dev.txt requirements-oldest.txt

@@ -11,9 +11,18 @@ import pytest
 from PIL import Image
 
 import cifar
+from utils import plots
 from utils.run import run_script
+from utils.studies import phases
+from utils.studies.jobs import run_job
+from utils.training import outputs
 
 ROOT = Path(__file__).resolve().parent.parent
+FIGURES = {
+    "utils.training.outputs.draw_curves": outputs.draw_curves,
+    "utils.training.outputs.draw_regularization": outputs.draw_regularization,
+    "utils.plots.plot_accuracy_vs_sparsity": plots.plot_accuracy_vs_sparsity,
+}
 TINY = ["-a", "resnet", "--depth", "8", "--epochs", "2", "--schedule", "1", "--train_batch", "16"]
 
 
@@ -47,13 +56,27 @@ def train(*options: str) -> dict:
     return cifar.main(cifar.get_parser().parse_args([str(option) for option in options]))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def no_figures():
-    """Leave out the figures of training and pruning, which take longer than a short run."""
+    """Leave out the figures of training and pruning in this process: they take longer than a short run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.training.outputs.draw_curves", lambda *_, **__: None)
-        patch.setattr("utils.training.outputs.draw_regularization", lambda *_, **__: None)
-        patch.setattr("utils.plots.plot_accuracy_vs_sparsity", lambda *_, **__: None)
+        for name in FIGURES:
+            patch.setattr(name, lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Draw them all the same, in this test."""
+    for name, draw in FIGURES.items():
+        monkeypatch.setattr(name, draw)
+
+
+@pytest.fixture(scope="module")
+def jobs_here():
+    """Do the jobs of a study in this process: starting others takes longer than the runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases, "run_jobs", lambda jobs, workers: ((job, run_job(job)) for job in jobs))
         yield
 
 

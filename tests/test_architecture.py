@@ -44,7 +44,7 @@ def arrows_up(root: Path) -> list[str]:
     """Return every import that points upwards, as "file:line imports module"."""
     wrong = []
     for path in sorted(
-        [*root.glob("*.py"), *root.glob("mnist/*.py"), *root.glob("models/*.py"), *root.rglob("utils/**/*.py")]
+        [*root.glob("*.py"), *root.glob("mnist/*.py"), *root.glob("models/*.py"), *(root / "utils").rglob("*.py")]
     ):
         name = path.relative_to(root).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]

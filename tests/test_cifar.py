@@ -59,8 +59,8 @@ def test_a_checkpoint_of_another_layout_is_continued_bit_for_bit(tiny, tmp_path,
     assert_equal_runs(tmp_path / "straight", tmp_path / "halves")
 
 
-def test_resume_is_bit_exact_on_digits(tmp_path):
-    options = ["-d", "digits", "-a", "resnet", "--depth", "8", *HALO, "--schedule", "1", "3"]
+def test_resume_is_bit_exact_over_decays(tiny, tmp_path):
+    options = [*tiny, *HALO, "--schedule", "1", "3"]
     train(*options, "--epochs", 4, "--save_dir", tmp_path / "straight")
     train(*options, "--epochs", 2, "--save_dir", tmp_path / "halves")
     halfway = load_checkpoint(tmp_path / "halves" / "checkpoint.pth.tar")
@@ -104,7 +104,14 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(tiny, tmp_path):
     assert rows(tmp_path / "a") != rows(tmp_path / "c")
 
 
-def test_what_a_run_leaves(tiny, tmp_path):
+@pytest.mark.parametrize("penalty", [[], ["--l1"], ["--ws", "--xi", "1e-3"], ["--mcp"], ["--halo"]])
+def test_every_penalty_has_its_figures(tiny, tmp_path, figures, penalty):
+    train(*tiny, *penalty, "--epochs", 1)
+    drawn = {path.name for path in (tmp_path / "run").glob("*.png")}
+    assert drawn == {"curves.png", "regularization.png"}
+
+
+def test_what_a_run_leaves(tiny, tmp_path, figures):
     summary = train(*tiny, *HALO)
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == set(RUN_FILES)
@@ -226,8 +233,11 @@ def test_resume_refuses_another_number_of_classes(trained, tmp_path, fails):
     more = write_images(tmp_path / "more", classes=4)
     status, line = fails(*trained, "--data", more, "--save_dir", tmp_path / "other")
     assert status == 1 and "num_classes 3 (now 4)" in line
-    status, line = fails("-d", "digits", "-a", "resnet", "--depth", "8", "--evaluate", "--resume", checkpoint)
-    assert status == 1 and "fc.weight (3, 64) instead of (10, 64)" in line
+    network = ["-a", "resnet", "--depth", "8", "--evaluate", "--resume", checkpoint]
+    status, line = fails("-d", "folder", "--data", more, *network)
+    assert status == 1 and "fc.weight (3, 64) instead of (4, 64)" in line
+    status, line = fails("-d", "digits", *network)
+    assert status == 2 and "-d digits is not what" in line and "give -d folder" in line
 
 
 def test_resume_needs_more_than_weights(tiny, tmp_path, fails):

@@ -120,7 +120,7 @@ def test_the_sentence_says_what_was_measured(ratios, text):
     assert stage.finding(alone) == "The shrunk network is 1.5 times faster than dense at batch 7."
 
 
-def test_the_smaller_network_is_loaded_by_every_stage(deployed, images, tmp_path, no_figures):
+def test_the_smaller_network_is_loaded_by_every_stage(deployed, images, tmp_path):
     model, folder, report, _ = deployed
     small = folder / "new" / "small.pth.tar"
     x = torch.randn(5, 3, 32, 32)
@@ -140,7 +140,7 @@ def test_the_smaller_network_is_loaded_by_every_stage(deployed, images, tmp_path
     assert next(iter(energy["checkpoints"].values()))["conv1"]["channels"] == loaded.conv1.out_channels
 
 
-def test_fine_tuning_goes_on_from_the_smaller_network(deployed, images, tmp_path, no_figures):
+def test_fine_tuning_goes_on_from_the_smaller_network(deployed, images, tmp_path):
     small = deployed[1] / "new" / "small.pth.tar"
     options = ["-d", "folder", "--data", images, *TINY, "--save_dir", tmp_path / "run"]
     options += ["--start", small, "--mask", small, "--lr", "0.01"]

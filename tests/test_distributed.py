@@ -65,7 +65,7 @@ def assert_close(one, other):
             torch.testing.assert_close(b[key][name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_equal_one_and_another_number_continues(tmp_path):
+def test_two_processes_equal_one_and_another_number_continues(tmp_path, figures):
     one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
     summary = run_alone(*LENET, "--epochs", 2, "--save_dir", one)
     first, second = run_together(*LENET, "--epochs", 2, "--save_dir", two)

@@ -9,7 +9,7 @@ KINDS = ["checkpoint", "resumed", "compact", "prune.json", "study", "config.json
 
 
 @pytest.fixture(scope="module")
-def kinds(tmp_path_factory, no_figures):
+def kinds(tmp_path_factory):
     return fuzz.Kinds(tmp_path_factory.mktemp("fuzz"))
 
 

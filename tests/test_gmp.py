@@ -21,8 +21,6 @@ from utils.training.epoch import smallest_lambda
 GMP, EPOCHS = ["--gmp", 0.9, "--schedule", 3, "--train_batch", 24], ["--gmp_epochs", 0.1, 3]
 TOTAL = 266_200
 
-pytestmark = pytest.mark.usefixtures("no_figures")
-
 
 def test_the_schedule_is_cubic():
     at = [cubic_sparsity(step, begin=10, end=30, final=0.8) for step in (0, 10, 20, 25, 30, 99)]

@@ -24,7 +24,7 @@ def run(script, *options):
     return script["main"](script["get_parser"]().parse_args([str(option) for option in options]))
 
 
-def test_xi_is_a_share_of_the_asked_one_until_it_has_grown(script, tiny, tmp_path, no_figures):
+def test_xi_is_a_share_of_the_asked_one_until_it_has_grown(script, tiny, tmp_path):
     run(script, *tiny, *HALO, "--epochs", "3")
     with open(tmp_path / "run" / "log.csv") as file:
         rows = list(csv.DictReader(file))
@@ -32,7 +32,7 @@ def test_xi_is_a_share_of_the_asked_one_until_it_has_grown(script, tiny, tmp_pat
     assert found == pytest.approx([0.5e-3, 1e-3, 1e-3], rel=1e-4)
 
 
-def test_resumed_while_xi_grows_it_ends_the_same(script, tiny, tmp_path, no_figures):
+def test_resumed_while_xi_grows_it_ends_the_same(script, tiny, tmp_path):
     run(script, *tiny, *HALO, "--epochs", "2")
     run(script, *tiny, *HALO, "--epochs", "1", "--save_dir", tmp_path / "stopped")
     at = ["--save_dir", tmp_path / "stopped", "--resume", tmp_path / "stopped" / "checkpoint.pth.tar"]
@@ -47,7 +47,7 @@ def test_other_penalties_are_refused(script, tiny):
         run(script, *tiny, "--l1", "--grow", "2")
 
 
-def test_a_stopped_run_names_the_command_that_continues_it(script, tiny, tmp_path, no_figures, monkeypatch):
+def test_a_stopped_run_names_the_command_that_continues_it(script, tiny, tmp_path, monkeypatch):
     def stop(self):
         raise KeyboardInterrupt
 
@@ -57,7 +57,7 @@ def test_a_stopped_run_names_the_command_that_continues_it(script, tiny, tmp_pat
         run(script, *tiny, *HALO)
 
 
-def test_a_run_without_growth_is_not_continued_with_it(script, tiny, tmp_path, no_figures):
+def test_a_run_without_growth_is_not_continued_with_it(script, tiny, tmp_path):
     train(*tiny, *HALO[:-2], "--epochs", "1")
     at = ["--resume", tmp_path / "run" / "checkpoint.pth.tar"]
     with pytest.raises(CheckpointError, match=r"of another run: grow None \(now 2\)"):

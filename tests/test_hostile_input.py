@@ -91,7 +91,7 @@ def test_a_loop_of_links_is_no_checkpoint(tiny, tmp_path, fails):
     assert status == 1 and "choose another folder" in line
 
 
-def test_paths_that_are_no_utf8_and_hold_half_a_formula(images, tmp_path, capsys):
+def test_paths_that_are_no_utf8_and_hold_half_a_formula(images, tmp_path, capsys, figures):
     data, folder = tmp_path / LOST, tmp_path / LOST / "run"
     write_images(data / "images")
     for split in ("train", "test"):

@@ -184,7 +184,7 @@ def test_a_momentum_of_another_shape_never_reaches_the_kernel():
         weights.step()
 
 
-def test_the_one_state_of_torch_that_older_versions_kept_is_taken(half_done, tmp_path, no_figures):
+def test_the_one_state_of_torch_that_older_versions_kept_is_taken(half_done, tmp_path):
     options, checkpoint = half_done
     state = load_checkpoint(checkpoint)
     (kept,) = state["rng"]["torch"]

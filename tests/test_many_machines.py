@@ -85,7 +85,7 @@ def local(tmp_path_factory):
 
 
 @pytest.fixture
-def inline(monkeypatch, no_figures):
+def inline(monkeypatch):
     """Run the jobs of `local_workers` in this process, with as many threads as one of two workers has."""
 
     class Pool:

@@ -27,8 +27,6 @@ COEFFICIENTS = {"none": {}, "l1": {"xi": 0.01}, "mcp": {"xi": 0.01, "psi": 9}}
 LEARNED = {"xi": 1e-3, "psi": 1e-3}
 LENET = ["-d", "digits", "-a", "lenet_300_100", "--lr", "0.1", "--train_batch", "64", "--seed", "3"]
 
-pytestmark = pytest.mark.usefixtures("no_figures")
-
 
 def lenet(*options):
     return mnist.mnist.main(mnist.mnist.get_parser().parse_args([*LENET, *(str(o) for o in options)]))

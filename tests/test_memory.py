@@ -78,7 +78,7 @@ def test_thresholds_of_the_environment_stay(variable, value, kept, monkeypatch):
     assert keep_freed_memory() == kept
 
 
-def test_training_on_a_cpu_keeps_its_memory(tiny, no_figures, monkeypatch):
+def test_training_on_a_cpu_keeps_its_memory(tiny, monkeypatch):
     calls = []
     monkeypatch.setattr("utils.training.experiment.keep_freed_memory", lambda: calls.append("kept"))
     train(*tiny, "--epochs", "1", "--schedule", "--device", "cpu")

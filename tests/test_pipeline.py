@@ -1,6 +1,7 @@
 """Train, prune, check, energy: the stages one after the other, and what is wrong with their input."""
 
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -52,23 +53,29 @@ def network(images, tmp_path_factory):
 
 
 @pytest.mark.parametrize("dataset", ["digits", "folder"])
-def test_the_pipeline_from_the_command_line(images, tmp_path, dataset):
+def test_the_pipeline(images, tmp_path, dataset, capsys, figures):
+    """Of digits from the command line, of a folder in this process."""
+
+    def stage(script, *options):
+        if dataset == "digits":
+            return command_line(script, *options)
+        call(importlib.import_module(script.removesuffix(".py")), *options)
+        return capsys.readouterr().out
+
     where = ["-d", dataset, "--data", images]
     net = ["-a", "resnet", "--depth", "8"]
     run = ["--epochs", "1", "--halo", "--xi", "1e-3", "--psi", "1e-3"]
-    command_line("cifar.py", *where, *net, *run, "--save_dir", tmp_path / "run")
+    stage("cifar.py", *where, *net, *run, "--save_dir", tmp_path / "run")
     model = tmp_path / "run" / "final.pth.tar"
     pruned = tmp_path / "pruned"
-    command_line(
-        "cifar_prune_iterative.py", *where, *net, "--percent", "0.5", "0.9", "--resume", model, "--save_dir", pruned
-    )
+    stage("cifar_prune_iterative.py", *where, *net, "--percent", "0.5", "0.9", "--resume", model, "--save_dir", pruned)
     checkpoint = pruned / "pruned_0.9.pth.tar"
-    output = command_line(
+    output = stage(
         *("check_params.py", *where, *net, "--checkpoint", checkpoint, "--json", tmp_path / "check.json"),
         *("--plot", tmp_path / "check.png", "--compact", tmp_path / "small.halo"),
     )
     assert "bit-equal" in output and "0.9000" in output
-    command_line(
+    stage(
         "compute_energy.py", *where, *net, "--checkpoint", model, tmp_path / "small.halo", "--save", tmp_path / "energy"
     )
     report = json.loads((tmp_path / "check.json").read_text())
@@ -237,7 +244,7 @@ def test_what_has_no_batch_norm_is_not_recalibrated(tmp_path, fails_in):
     assert status == 2 and "lenet_300_100 has no BatchNorm: leave it out" in line
 
 
-def test_images_that_a_network_was_trained_on_are_not_held_out(tiny, tmp_path, fails_in, no_figures):
+def test_images_that_a_network_was_trained_on_are_not_held_out(tiny, tmp_path, fails_in):
     final, prune = tmp_path / "run" / "final.pth.tar", ["--data", tiny[3], "--percent", "0.5", "--overwrite"]
     for held_out, words in ((9, "give at most --val_split 9"), (0, "leave it out")):
         call(cifar, *tiny, "--val_split", held_out, "--overwrite")
@@ -354,7 +361,7 @@ def test_pruned_networks_that_are_not_replaced_are_named(network, tmp_path, capf
     assert (tmp_path / "pruned_0.5.pth.tar").exists()
 
 
-def test_an_accuracy_of_held_out_images_says_so(tiny, tmp_path, capsys, no_figures):
+def test_an_accuracy_of_held_out_images_says_so(tiny, tmp_path, capsys):
     call(cifar, *tiny, "--val_split", 9)
     final = tmp_path / "run" / "final.pth.tar"
     prune = ["--data", tiny[3], "--percent", "0.5", "--resume", final]
@@ -374,7 +381,7 @@ def test_a_layer_may_be_named_as_an_argument_of_numpy(tmp_path):
         assert list(arrays) == ["file", "a/conv1"] and arrays["file"].tolist() == [0, 1, 2]
 
 
-def test_evaluate_takes_the_images_that_the_file_is_of(tmp_path, fails_in, no_figures):
+def test_evaluate_takes_the_images_that_the_file_is_of(tmp_path, fails_in):
     call(mnist.mnist, "-d", "digits", "--epochs", 1, "--schedule", "--save_dir", tmp_path / "run")
     final = ["-e", "--resume", tmp_path / "run" / "final.pth.tar"]
     status, line = fails_in(mnist.mnist, *final)

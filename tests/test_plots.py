@@ -240,7 +240,7 @@ def test_few_seeds_that_were_not_kept_have_bars_that_say_so(figure):
 
 
 @pytest.mark.parametrize("recalibrated", [False, True])
-def test_a_pruned_network_begins_before_pruning(figure, recalibrated):
+def test_a_pruned_network_begins_before_pruning(figure, figures, recalibrated):
     results = [{"sparsity": ratio, "after": {"top1": 90.0 - ratio}} for ratio in (0.99, 0.5)]
     results = [r | {"recalibrated": {"top1": 91.0}} for r in results] if recalibrated else results
     report = {"before": {"top1": 92.0, "sparsity": 0.0}, "results": results, "images": "test", "scheme": "global"}
@@ -412,7 +412,7 @@ def test_every_committed_figure_has_its_data():
         ("results/replication/cifar100_resnet50/halo_1e-8", "regularization.png"),
     ],
 )
-def test_figures_are_drawn_again_from_what_is_committed(tmp_path, folder, name):
+def test_figures_are_drawn_again_from_what_is_committed(tmp_path, folder, name, figures):
     module, copy = redraw(), tmp_path / "study" / "copy"
     shutil.copytree(ROOT / folder, copy, ignore=shutil.ignore_patterns("*.png"))
     if folder in module.SINGLE:  # its log is in the folder of its run
@@ -470,7 +470,7 @@ def test_a_study_with_one_figure_is_drawn_again(tmp_path, monkeypatch):
     ("file", "content"),
     [("regularization.npz", b""), ("regularization.npz", b"PK"), ("log.csv", b""), ("log.csv", b"epoch\n")],
 )
-def test_redraw_names_the_figure_whose_data_are_damaged(tmp_path, monkeypatch, file, content):
+def test_redraw_names_the_figure_whose_data_are_damaged(tmp_path, monkeypatch, figures, file, content):
     module, copy = redraw(), tmp_path / "results" / "halo"
     shutil.copytree(ROOT / "results" / "mnist_lenet300" / "halo_1e-4_1e-4", copy)
     (copy / file).write_bytes(content)

@@ -57,7 +57,7 @@ def run(*options):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, jobs_here):
     """A finished study: its file and its folder. One L1 diverges."""
     folder = tmp_path_factory.mktemp("study")
     path, out = write_study(folder), folder / "out"
@@ -368,18 +368,25 @@ def gpu_of_a_worker(folder, workers):
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-@pytest.mark.parametrize("named, expected", [(None, "0 0 1"), ("5,GPU-7", "5 5 GPU-7"), ("3,4,5", "3 3 4")])
-def test_workers_take_the_gpus_in_turn(named, expected, monkeypatch, tmp_path):
+def test_workers_take_the_gpus_in_turn(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
+    assert executors.processes_here() == 2
+    with executors.local_workers(3) as workers:
+        pool = workers.submit.func.__self__
+        told = [pool.submit(gpu_of_a_worker, tmp_path, 3) for _ in range(3)]
+        assert sorted(future.result() for future in told) == ["5", "5", "GPU-7"]
+
+
+@pytest.mark.parametrize("named, expected", [(None, ["0", "1"]), ("5,GPU-7", ["5", "GPU-7"]), ("3,4,5", ["3", "4"])])
+def test_gpus_go_by_the_names_that_cuda_may_use(named, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if named:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert executors.processes_here() == 2
-    with executors.local_workers(3) as workers:
-        pool = workers.submit.func.__self__
-        told = [pool.submit(gpu_of_a_worker, tmp_path, 3) for _ in range(3)]
-        assert sorted(future.result() for future in told) == expected.split()
+    assert executors.gpus() == expected and executors.processes_here() == 2
 
 
 def test_each_mig_instance_is_a_gpu_of_its_own_though_cuda_shows_one(monkeypatch):

@@ -14,7 +14,6 @@ from test_reproduce import STUDY, run
 
 import reproduce
 from utils.files.checkpoint import load_checkpoint
-from utils.studies import phases
 from utils.studies.jobs import final_jobs, jobs_before, run_job, tuning_jobs
 from utils.studies.progress import Progress, to_come
 from utils.studies.report import tried, write_report
@@ -35,15 +34,7 @@ METHODS = {
 OPTIONS = STUDY["options"] | {"epochs": 4, "schedule": [1, 3], "val_split": 1000}
 PART = "HALO+finetune/xi0.0001_psi0.001_share0.45"
 
-pytestmark = pytest.mark.usefixtures("no_figures", "here")
-
-
-@pytest.fixture(scope="module")
-def here():
-    """Do the jobs of a study in this process: starting others takes longer than the runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phases, "run_jobs", lambda jobs, workers: ((job, run_job(job)) for job in jobs))
-        yield
+pytestmark = pytest.mark.usefixtures("jobs_here")
 
 
 def write_study(folder, **changes):
@@ -53,7 +44,7 @@ def write_study(folder, **changes):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, no_figures, here):
+def done(tmp_path_factory, jobs_here):
     """A finished study, its file and folder, and what was promised before it began."""
     folder = tmp_path_factory.mktemp("study")
     path, out = write_study(folder), folder / "out"

@@ -145,6 +145,7 @@ def training_arguments(study: Study, config: Config, *, seed: int, folder: Path,
         OptionError: the study's options do not go together.
     """
     parser = _parser(study)
+    options.add_linear(parser)
     options.add_penalty(parser)
     options.add_training(parser)
     options.add_zeros(parser)
