@@ -28,6 +28,7 @@ from utils.stages import deploy as stage
 from utils.stages.deploy import _summary
 
 ONNX = ["--onnx"] if all(map(find_spec, ("onnx", "onnxscript"))) else []
+SAFETENSORS = ["--safetensors"] if find_spec("safetensors") else []
 QUICK = ["--batch", 1, 3, "--no_compile"]
 
 
@@ -76,7 +77,7 @@ def deployed(images, tmp_path_factory):
         patch.setattr("utils.stages.timing.REPEATS", (5, 5))
         patch.setattr(stage, "say", lines.append)
         options = ["--data", images, "--checkpoint", folder / "pruned.pth.tar", "--save", folder / "new" / "small"]
-        report = call(deploy, *options, *QUICK, *ONNX)
+        report = call(deploy, *options, *QUICK, *ONNX, *SAFETENSORS)
     return model, folder, report, "\n".join(lines).splitlines()
 
 
@@ -91,6 +92,10 @@ def test_both_forms_are_proved_and_measured(deployed):
     kept = {layer["name"]: layer["kept"] for layer in report["layers"]}
     assert kept == {name: sizes[0] for name, sizes in widths_of(small).items() if len(sizes) == 2}
     assert list(report["milliseconds"]) == ["1", "3"]
+    (titles,) = [number for number, line in enumerate(lines) if line.split()[:1] == ["batch"]]
+    for line, (batch, row) in zip(lines[titles + 1 :], report["milliseconds"].items(), strict=False):
+        cells = [f"{cell['ms']:.2f} ({cell['times_faster']:.1f})" for cell in row.values()]
+        assert line.split() == " ".join([batch, *cells]).split()
     for row in report["milliseconds"].values():
         assert list(row) == ["dense", "shrunk", "sparse"] and row["dense"]["times_faster"] == 1
         assert all(cell["n"] == 5 and cell["ms"] > 0 for cell in row.values())
@@ -104,7 +109,8 @@ def test_both_forms_are_proved_and_measured(deployed):
 def test_the_files_that_are_left(deployed):
     _, folder, report, _ = deployed
     names = sorted(path.name for path in (folder / "new").iterdir())
-    assert names == sorted(["small.json", "small.png", "small.pt2", "small.pth.tar"] + ["small.onnx"] * len(ONNX))
+    others = ["small.onnx"] * len(ONNX) + ["small.safetensors"] * len(SAFETENSORS)
+    assert names == sorted(["small.json", "small.png", "small.pt2", "small.pth.tar", *others])
     written = json.loads((folder / "new" / "small.json").read_text())
     assert written["proof"] == report["proof"] and written["sentence"] == report["sentence"]
     assert str(folder) not in (folder / "new" / "small.json").read_text()
@@ -195,6 +201,10 @@ def test_onnx_gives_the_same_logits(deployed, tmp_path):
 def test_safetensors_hold_the_smaller_network(deployed):
     load = pytest.importorskip("safetensors.torch").load
     from utils.stages.export import safetensors_bytes
+
+    written = load((deployed[1] / "new" / "small.safetensors").read_bytes())
+    kept = load_checkpoint(deployed[1] / "new" / "small.pth.tar")["state_dict"]
+    assert {*written} == {*kept} and all(torch.equal(written[name], kept[name]) for name in kept)
 
     small = shrink(deployed[0])
     tensors = load(safetensors_bytes(small, {"widths": widths_of(small)}))

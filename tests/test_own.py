@@ -1,7 +1,6 @@
 """Your own images and your own network, through all stages."""
 
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -9,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, start, train, write_images
+from conftest import start, train, write_images
 from PIL import Image
 from torch import nn
 
 import check_params
-import cifar
 import cifar_prune_iterative
 import compute_energy
 from models import build_model, check_image_size, check_own_network, find_arch, takes_linear
@@ -304,19 +302,6 @@ def test_augmentation_follows_the_options_and_the_stages_know_them(images, tmp_p
 
 def test_check_own_network_leaves_named_ones_alone():
     check_own_network("resnet", nn.Identity(), (3, 1, 1), 5)
-
-
-@pytest.mark.parametrize("page", ["your_own_images.md", "your_own_network.md"])
-def test_commands_of_the_pages_parse(page):
-    """Every command line of the pages is one that its script takes."""
-    import shlex
-
-    scripts = {s.__name__: s for s in (cifar, check_params, cifar_prune_iterative, compute_energy)}
-    text = (ROOT / "docs" / page).read_text()
-    lines = re.findall(r"^ {4}python (\w+)\.py (.*)$", text, flags=re.M)
-    assert lines
-    for script, options in lines:
-        scripts[script].get_parser().parse_args(shlex.split(options))
 
 
 def test_linear_layers_take_part_where_they_are_asked_for(here, images, capsys, fails):

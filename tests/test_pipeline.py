@@ -254,7 +254,7 @@ def test_images_that_a_network_was_trained_on_are_not_held_out(tiny, tmp_path, f
     assert call(cifar_prune_iterative, *prune, "--resume", final, "--val_split", "6")["images"] == "val"
 
 
-def test_check_counts_what_is_there(network, tmp_path):
+def test_check_counts_what_is_there(network, tmp_path, capsys):
     options, model = network
     state = load_checkpoint(model)
     state["state_dict"]["conv1.weight"][:3] = 0
@@ -266,6 +266,19 @@ def test_check_counts_what_is_there(network, tmp_path):
     assert report["fraction_below_tau"] == pytest.approx(small / report["prunable"])
     assert report["compression_ratio"] == pytest.approx(report["parameters"] / report["parameters_nonzero"])
     assert report["macs_dense"] - report["macs_nonzero"] == 81 * 32 * 32 and "test" not in report
+    said = capsys.readouterr().out.splitlines()
+    below = f"{layer['fraction_below_tau']:.4f}"
+    assert said[0].split() == ["layer", "total", "non-zero", "sparsity", "<=", "0.01", "dead", "filters"]
+    assert said[1].split() == ["conv1.weight", "432", "351", "0.1875", below, "3", "of", "16"]
+    all_of = [str(report["prunable"]), str(report["prunable"] - 81), f"{report['sparsity']:.4f}"]
+    (line,) = [line for line in said if line.startswith("all prunable weights")]
+    assert line.split()[3:6] == all_of
+    assert f"parameters: {report['parameters']}, {report['parameters'] - 81} of them not zero" in said
+    ratio = report["parameters"] / (report["parameters"] - 81)
+    assert f"compression ratio {ratio:.2f} (all parameters / non-zero parameters)" in said
+    dense = report["macs_dense"]
+    assert f"multiply-accumulates an image: {dense} dense, {dense - 81 * 1024} with zeros skipped" in said
+    assert f"theoretical speed-up {dense / (dense - 81 * 1024):.2f} (dense / remaining multiply-accumulates)" in said
 
 
 def test_a_checkpoint_of_the_release(network, tmp_path):
@@ -281,9 +294,16 @@ def test_a_checkpoint_of_the_release(network, tmp_path):
     assert pruned["results"][0]["sparsity"] == 0.5 and (tmp_path / "pruned" / "pruned_0.5.pth.tar").exists()
 
 
-def test_energy_files(network, tmp_path):
+def test_energy_files(network, tmp_path, capsys):
     options, model = network
+    capsys.readouterr()
     call(compute_energy, *options, "--checkpoint", model, "--save", tmp_path / "e.npz", "--split", "test")
+    layer = json.loads((tmp_path / "e.json").read_text())["checkpoints"]
+    ((_, layers),) = layer.items()
+    counts = [f"{count} for {level}" for level, count in layers["conv1"]["components"].items()]
+    rank = f"effective rank {layers['conv1']['effective_rank']:.1f}"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[0] == "conv1"]
+    assert line.split() == " ".join(["conv1 16 channels:", *counts, rank]).split() and len(counts) == 4
     with np.load(tmp_path / "e.npz", allow_pickle=False) as arrays:
         assert list(arrays)[:2] == ["conv1", "layer1.0.conv1"] and len(list(arrays)) == 9
         for energy in arrays.values():
@@ -315,9 +335,12 @@ def test_comparison_of_runs(network, tmp_path, capsys, fails_in):
         prune = ["--percent", *ratios, "--resume", model, "--save_dir", tmp_path / name]
         report = call(cifar_prune_iterative, *options, *prune)
     files = [tmp_path / name / "prune.json" for name in ("a", "b")]
-    capsys.readouterr()
-    call(compare_pruning, *files, "--labels", "one", "two", "--save", tmp_path / "c.png")
-    lines = capsys.readouterr().out.splitlines()
+    said, after = capsys.readouterr().out, report["results"][0]["after"]
+    for words, numbers in (("before: sparsity 0.0000", report["before"]), ("pruned 0.9: sparsity 0.9000", after)):
+        assert said.count(f"{words}  loss {numbers['loss']:.4f}  top-1 {numbers['top1']:.2f}%") == 2
+    call(compare_pruning, *files, "--labels", "one", "two", "--save", tmp_path / "c.png", "--sentence")
+    *lines, blank, sentence = capsys.readouterr().out.splitlines()
+    assert blank == "" and sentence.startswith("With 90% of the weights removed at once and")
     assert lines[0] == "| | dense | 0.5 | 0.9 |"
     before, after = f"{report['before']['top1']:.2f}", f"{report['results'][0]['after']['top1']:.2f}"
     assert lines[3] == f"| two | {before} |  | {after} |"  # empty where it was not pruned
