@@ -227,6 +227,15 @@ def test_an_equation_alone_is_a_penalty(make):
         assert grad.abs().sum() > 0
 
 
+def test_an_equation_of_what_is_frozen_adds_nothing():
+    model = parts()[0]
+    penalty = Log(halo.penalized_parameters(model), xi=0.1)
+    for p in (*penalty.penalized.values(), *penalty.parameters()):
+        p.requires_grad_(False)
+    penalty.add_grad_()
+    assert all(p.grad is None for p in (*penalty.penalized.values(), *penalty.parameters()))
+
+
 def test_the_fused_step_takes_halo_alone():
     model = parts()[0]
     with pytest.raises(ValueError, match="HALO alone, not of SquaredHALO: use LambdaSGD"):

@@ -114,8 +114,11 @@ class Penalty(nn.Module):
 
     @torch.enable_grad()
     def _add_autograd_(self) -> None:
+        total = self.forward()
         trained = [p for p in (*self.penalized.values(), *self.parameters()) if p.requires_grad]
-        for p, grad in zip(trained, torch.autograd.grad(self.forward(), trained, allow_unused=True), strict=True):
+        if not total.requires_grad:  # all is frozen
+            return
+        for p, grad in zip(trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True):
             if grad is not None:
                 gradient(p).add_(grad)
 
