@@ -13,16 +13,13 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch 
     leave_when_interrupted()
 
 import argparse
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import torch
 
 from models import ARCHS
 from utils import options, plots
+from utils.files.archive import write_npz
 from utils.files.atomic import atomic_write, printable
 from utils.files.checkpoint import load_checkpoint
 from utils.files.record import read_record, same_network
@@ -109,14 +106,6 @@ def describe(energies: dict[str, torch.Tensor]) -> dict:
         name: {"channels": len(e), "components": components(e), "effective_rank": effective_rank(e)}
         for name, e in energies.items()
     }
-
-
-def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write what `numpy.savez` does, whatever the names: that takes them as keywords, of which `file` is its own."""
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array)
 
 
 def main(args: argparse.Namespace) -> dict:

@@ -27,7 +27,7 @@ from utils import options
 from utils.command_line import option
 from utils.files.lock import Lock, folder_lock
 from utils.logger import duration, say
-from utils.paths import portable_path
+from utils.paths import REPOSITORY, portable_path
 from utils.run import require_writable, run_script
 from utils.studies.checks import check_numbers
 from utils.studies.cluster import cluster_workers
@@ -37,7 +37,7 @@ from utils.studies.report import write_report
 from utils.studies.shards import Shard, parse_shard, study_lock
 from utils.studies.study import load_study
 
-STUDIES = Path(__file__).resolve().parent / "results" / "studies"
+STUDIES = REPOSITORY / "results" / "studies"
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -46,13 +46,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("study", metavar="STUDY", nargs="?", help="name of a study, or path of a study file")
     parser.add_argument("--list", action="store_true", help="list the studies and stop")
     parser.add_argument("--dry_run", action="store_true", help="say what would run and how long it would take")
-    parser.add_argument(
-        "--seeds",
-        type=options.whole(0, high=options.MOST_SEED),
-        nargs="+",
-        metavar="N",
-        help="seeds (default: the study's)",
-    )
+    seed = options.whole(0, high=options.MOST_SEED)
+    parser.add_argument("--seeds", type=seed, nargs="+", metavar="N", help="seeds (default: the study's)")
     parser.add_argument("--jobs", type=options.whole(1), metavar="N", help="runs at a time (default: one a GPU/core)")
     text = "run the jobs on the workers of this Dask cluster (docs/many_machines.md)"
     parser.add_argument("--scheduler", metavar="ADDRESS", help=text)

@@ -21,6 +21,7 @@ import compute_energy
 import mnist.mnist
 from models import build_model
 from utils import prunable_weights
+from utils.files.archive import write_npz
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.halo.pruning import SCHEMES
 from utils.run import write_json
@@ -399,7 +400,7 @@ def test_an_accuracy_of_held_out_images_says_so(tiny, tmp_path, capsys):
 
 def test_a_layer_may_be_named_as_an_argument_of_numpy(tmp_path):
     with open(tmp_path / "e.npz", "wb") as file:
-        compute_energy.write_npz(file, {"file": np.arange(3.0), "a/conv1": np.ones(2)})
+        write_npz(file, {"file": np.arange(3.0), "a/conv1": np.ones(2)})
     with np.load(tmp_path / "e.npz") as arrays:
         assert list(arrays) == ["file", "a/conv1"] and arrays["file"].tolist() == [0, 1, 2]
 

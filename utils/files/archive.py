@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
 
 CHUNK = 1 << 20  # bytes that are read at once
 
@@ -58,3 +61,11 @@ def _check_sums(archive: zipfile.ZipFile) -> None:
                 raise RefusedError(
                     f"is damaged: {member.filename} does not have its checksum; use another copy"
                 ) from error
+
+
+def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write what `numpy.savez` does, whatever the names: that takes them as keywords, of which `file` is its own."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array)
