@@ -57,7 +57,7 @@ bench: .venv/installed
 
 .venv-oldest/installed: requirements.txt requirements-dev.txt requirements-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --requirement requirements-dev.txt --constraint requirements-oldest.txt
+	.venv-oldest/bin/pip install --quiet --no-compile --requirement requirements-dev.txt --constraint requirements-oldest.txt
 	@touch $@
 
 clean:

@@ -13,8 +13,8 @@ from torch import nn
 from models import ARCHS, find_arch
 from utils.command_line import option
 from utils.distributed import processes
-from utils.halo.lambda_sgd import load_kernel
-from utils.halo.penalties import HALO, Penalty
+from utils.halo.lambda_sgd import is_halo, load_kernel
+from utils.halo.penalties import Penalty
 from utils.paths import REPOSITORY
 from utils.training.dataset import Dataset
 
@@ -48,7 +48,7 @@ def compute_line(args: argparse.Namespace, penalty: Penalty, device: torch.devic
 
 def kernel(penalty: Penalty, device: torch.device) -> str:
     """Say whether the step of HALO has its compiled kernel; nothing where there is no such step, or none on a CPU."""
-    if not isinstance(penalty, HALO) or device.type != "cpu":
+    if not is_halo(penalty) or device.type != "cpu":
         return ""
     try:
         load_kernel()
