@@ -8,6 +8,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from forked import ROOT
 from PIL import Image
 
 import cifar
@@ -17,7 +18,6 @@ from utils.studies import phases
 from utils.studies.jobs import run_job
 from utils.training import outputs
 
-ROOT = Path(__file__).resolve().parent.parent
 FIGURES = {
     "utils.training.outputs.draw_curves": outputs.draw_curves,
     "utils.training.outputs.draw_regularization": outputs.draw_regularization,

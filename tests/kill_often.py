@@ -10,7 +10,6 @@ must be equal, bit for bit, to the same run without a kill.
 
 import argparse
 import collections
-import multiprocessing
 import os
 import random
 import signal
@@ -24,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from forked import CONTEXT
 
 import mnist.mnist
 import utils.training.experiment
@@ -77,9 +77,7 @@ class Run:
             log = open(f"{folder}.log", "a")  # noqa: SIM115  (the process has it to its end)
             self.process = subprocess.Popen([*launcher, __file__, "--work", str(folder)], stderr=log, stdout=log)
         else:  # forked from one that has imported torch but not used it: that saves the import
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["mnist.mnist"])
-            self.process = context.Process(target=work, args=(str(folder),), daemon=True)
+            self.process = CONTEXT.Process(target=work, args=(str(folder),), daemon=True)
             self.process.start()
 
     def status(self) -> int | None:

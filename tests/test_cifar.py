@@ -2,7 +2,6 @@
 
 import csv
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import start, train, write_images
+from forked import Forked
 
 from models import build_model
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
@@ -310,8 +310,7 @@ def test_a_disk_that_fills_keeps_the_last_checkpoint(tiny, tmp_path):
 def wait_for(condition, process, *, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
-        ended = process.exitcode if hasattr(process, "exitcode") else process.poll()
-        assert ended is None, f"ended with {ended}"
+        assert process.poll() is None, f"ended with {process.returncode}"
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -351,28 +350,19 @@ def test_kill_nine_at_ten_random_moments_loses_nothing(tiny, tmp_path):
     options = [*tiny, *HALO, "--epochs", 60]
     checkpoint, log = tmp_path / "run" / "checkpoint.pth.tar", tmp_path / "run" / "log.csv"
     moments = random.Random(0)
-    # Processes of their own, forked from one that has imported torch but not used it: that saves the import.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cifar"])
-
-    def begin(*more):
-        process = context.Process(target=train, args=(*options, *more), daemon=True)
-        process.start()
-        return process
-
-    process, seen = begin(), [0]
+    process, seen = Forked(*options), [0]
     for _ in range(10):
         # However fast the machine is: epochs later, and then anywhere between two ends of epochs.
         goal = seen[-1] + moments.randint(1, 3)
         wait_for(lambda goal=goal: log.exists() and len(rows(log.parent)) >= goal, process)
         time.sleep(moments.random() * load_checkpoint(checkpoint)["history"][-1]["seconds"])
         process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
         seen.append(load_checkpoint(checkpoint)["epoch"])
         assert seen[-1] >= goal
-        process = begin("--resume", checkpoint)
-    process.join(timeout=120)
-    assert process.exitcode == 0
+        process = Forked(*options, "--resume", checkpoint)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
     train(*options, "--save_dir", tmp_path / "straight")
     assert_equal_runs(tmp_path / "run", tmp_path / "straight")

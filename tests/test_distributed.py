@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT, start, train
+from conftest import ROOT, train
+from forked import CONTEXT, Forked
 
 import cifar_prune_iterative
 import mnist.mnist
@@ -45,8 +46,7 @@ def run_together(*options, script="mnist/mnist.py", processes=2, cwd=None):
     """Run a script in several processes; return what each printed, after a good end."""
     port = free_port()
     jobs = [
-        start(*options, script=script, env=os.environ | environment(rank, processes, port), cwd=cwd)
-        for rank in range(processes)
+        Forked(*options, script=script, env=environment(rank, processes, port), cwd=cwd) for rank in range(processes)
     ]
     outputs = [job.communicate(timeout=120) for job in jobs]
     assert [job.returncode for job in jobs] == [0] * processes, outputs
@@ -196,7 +196,7 @@ def in_each_process(rank, port, folder):
 
 
 def test_processes_compare_and_average(tmp_path):
-    mp.spawn(in_each_process, (free_port(), tmp_path), nprocs=2)
+    mp.start_processes(in_each_process, (free_port(), tmp_path), nprocs=2, start_method=CONTEXT.get_start_method())
     assert (tmp_path / "order").read_text() == "01"
     for rank in range(2):
         assert re.match(r"lam differs .*\(checksums (\w+), (?!\1)", (tmp_path / f"differ{rank}").read_text())

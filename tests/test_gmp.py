@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, train
+from conftest import train
 from test_cifar import assert_equal_runs, rows
-from test_distributed import free_port, run_together
+from test_distributed import run_together
 from test_masks import LENET, assert_positive_zeros, assert_zeros_kept, lenet, masks_of, momenta
 
 import mnist.mnist
@@ -226,17 +226,9 @@ def test_two_processes_hold_the_same_zeros_as_one(tmp_path):
     options += ["--device", "cpu"]
     lenet(*options, "--save_dir", tmp_path / "one")
     file = tmp_path / "one" / "final.pth.tar"
-    gradual = [*LENET, *map(str, options), "--save_dir", str(tmp_path / "two")]
-    fixed = [*LENET, "--halo", "--mask", str(file), "--epochs", "1", "--save_dir", str(tmp_path / "fixed")]
-    fixed += ["--device", "cpu"]
-    script = tmp_path / "both.py"
-    script.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom mnist import mnist\n"
-        f"for port, options in {[(free_port(), gradual), (free_port(), fixed)]!r}:\n"
-        "    os.environ['MASTER_PORT'] = port\n"
-        "    mnist.main(mnist.get_parser().parse_args(options))\n"
-    )
-    run_together(script=script)
+    run_together(*LENET, *options, "--save_dir", tmp_path / "two")
+    fixed = ["--halo", "--mask", file, "--epochs", 1, "--device", "cpu"]
+    run_together(*LENET, *fixed, "--save_dir", tmp_path / "fixed")
     ours, theirs = (masks_of(tmp_path / name / "final.pth.tar") for name in ("one", "two"))
     differing = sum(int((ours[n] != theirs[n]).sum()) for n in ours)
     assert differing <= 0.001 * TOTAL  # the order of sums differs, and with it what lies at the threshold

@@ -1,13 +1,13 @@
 """Networks of your own that do in training what they do not do in evaluation."""
 
 import importlib
-import os
 import random
 import sys
 
 import pytest
 import torch
-from conftest import start, train
+from conftest import train
+from forked import Forked
 from test_distributed import environment, free_port
 
 from models import check_own_network
@@ -127,7 +127,7 @@ def test_in_one_of_several_processes_it_is_said_too(options, tmp_path):
     """36 images in batches of 33: the last leaves two to the first process and one to the other, which says so."""
     options += ["-a", "odd_nets:normalised", "--epochs", 1, "--device", "cpu", "--save_dir", tmp_path / "run"]
     port = free_port()
-    jobs = [start(*options, "--train_batch", 33, env=os.environ | environment(rank, 2, port)) for rank in range(2)]
+    jobs = [Forked(*options, "--train_batch", 33, env=environment(rank, 2, port)) for rank in range(2)]
     outputs = [job.communicate(timeout=120) for job in jobs]
     assert all(job.returncode for job in jobs)
     assert "one of the 36 training images to a process" in outputs[1][1] and "Traceback" not in outputs[1][1]

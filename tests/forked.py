@@ -1,0 +1,51 @@
+"""Scripts as processes of their own, forked from one that has imported torch but not used it: that saves the import."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["cifar", "mnist.mnist", "torch._dynamo"])  # the last is imported by any optimizer
+
+
+def become(script: Path, options: list[str], environment: dict[str, str], cwd: Path, pipes: tuple[str, str]) -> None:
+    """Be what `python script options` is, in this environment and folder, writing to two files."""
+    for number, path in enumerate(pipes, start=1):
+        os.dup2(os.open(path, os.O_WRONLY), number)
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = [str(script), *options]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+class Forked:
+    """A script that runs; the names are those of subprocess.Popen."""
+
+    def __init__(self, *options: object, script: str = "cifar.py", env: dict | None = None, cwd: Path | None = None):
+        self.files = [tempfile.NamedTemporaryFile(mode="r") for _ in range(2)]  # noqa: SIM115  (to the end)
+        pipes = tuple(file.name for file in self.files)
+        work = (ROOT / script, [str(option) for option in options], env or {}, cwd or Path.cwd(), pipes)
+        self.process = CONTEXT.Process(target=become, args=work, daemon=True)
+        self.process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, or minus the signal that killed it; None while it runs."""
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        """Return the exit status, None while it runs."""
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        """Kill it with SIGKILL."""
+        self.process.kill()
+
+    def communicate(self, timeout: float) -> list[str]:
+        """Wait for the end; return what it printed, and to stderr."""
+        self.process.join(timeout)
+        return [file.read() for file in self.files]
