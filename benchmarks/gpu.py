@@ -23,7 +23,7 @@ from benchmarks.report import markdown
 from benchmarks.run import LAYOUTS, NETWORKS, SGD_FACTORS, Training, step_of
 from benchmarks.timing import interleave, rows
 from utils.halo.lambda_sgd import LambdaSGD
-from utils.options import OptionError
+from utils.options import OptionError, Parser
 from utils.run import choose_device, describe, run_script, write_json
 from utils.training.recorded import RecordedStep
 
@@ -96,7 +96,7 @@ def comparisons(name: str, device: torch.device, *, compile_too: bool) -> dict[s
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--network", nargs="+", choices=CIFAR, default=CIFAR, help="which networks")
     parser.add_argument("--no_compile", action="store_true", help="leave --compile out, which takes minutes")
     parser.add_argument("--save", metavar="DIR", default="runs/bench_gpu", help="folder of results.json")

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import markdown
 from benchmarks.run import Training, step_of
+from utils import options
 from utils.run import run_script
 
 STEPS = 5
@@ -43,9 +44,9 @@ def top_costs(name: str, *, amp: str | None, count: int) -> list[dict]:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = options.Parser(__doc__)
     parser.add_argument("--amp", action="store_const", const="bf16", help="compute the network in bf16")
-    parser.add_argument("--top", type=int, default=8, metavar="N", help="operations to show")
+    parser.add_argument("--top", type=options.whole(1), default=8, metavar="N", help="operations to show")
     return parser
 
 

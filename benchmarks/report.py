@@ -69,9 +69,13 @@ def plot_sparsity(table: Sequence[dict], path: str | Path) -> None:
     styles = [("o-", DARK), ("s--", MIDDLE), ("^:", LIGHT)]
     for name, (style, colour) in zip(dict.fromkeys(row["network"] for row in table), styles, strict=False):
         points = [(row["sparsity"], row["times faster"]) for row in table if row["network"] == name]
-        where = crossing(points)
-        label = f"{name}: faster from {where:.2f} on" if where is not None else f"{name}: faster throughout"
-        axes.plot([1 - s for s, _ in points], [t for _, t in points], style, color=colour, label=label)
+        axes.plot(
+            [1 - s for s, _ in points],
+            [t for _, t in points],
+            style,
+            color=colour,
+            label=f"{name}: {overtaking(points)}",
+        )
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="zeros", ylabel="times faster than torch, dense (fp32)")
     axes.set_xlim(1.1, 0.009)
@@ -87,10 +91,13 @@ def plot_sparsity(table: Sequence[dict], path: str | Path) -> None:
     save_figure(figure, path)
 
 
-def crossing(points: Sequence[tuple[float, float]]) -> float | None:
-    """Return the sparsity from which on every ratio is above 1, between measured points in a line; None: all are."""
+def overtaking(points: Sequence[tuple[float, float]]) -> str:
+    """Say from which sparsity on every ratio is above 1, between measured points in a line."""
     below = [index for index, (_, ratio) in enumerate(points) if ratio < 1]
-    if not below or below[-1] + 1 == len(points):
-        return None if not below else 1.0
-    (a, low), (b, high) = points[below[-1]], points[below[-1] + 1]
-    return a + (b - a) * (1 - low) / (high - low)
+    if not below:
+        return "faster throughout"
+    (a, low), *beyond = points[below[-1] :]
+    if not beyond:
+        return f"slower at {a:.0%} too"
+    b, high = beyond[0]
+    return f"faster from {a + (b - a) * (1 - low) / (high - low):.2f} on"

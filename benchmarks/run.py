@@ -32,6 +32,7 @@ from utils.halo.masks import FixedZeros
 from utils.halo.parameters import penalized_parameters, prunable_weights
 from utils.halo.penalties import HALO, Penalty
 from utils.halo.pruning import prune_by_magnitude_
+from utils.options import Parser
 from utils.run import describe, run_script, write_json
 from utils.training.augment import Loader
 from utils.training.compiled import CompiledNetwork
@@ -354,7 +355,7 @@ BENCHMARKS = {
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS), help="which of them")
     parser.add_argument("--save", metavar="DIR", default="runs/bench", help="folder of the outputs")
     return parser

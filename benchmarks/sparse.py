@@ -19,6 +19,7 @@ from benchmarks.report import markdown, plot_sparsity
 from benchmarks.sparse_engines import ENGINES, missing
 from benchmarks.sparse_networks import NETWORKS, pruned_network, shape_of
 from benchmarks.timing import interleave, rows
+from utils import options
 from utils.halo.sparse_program import Shape
 from utils.halo.sparse_terms import live_network
 from utils.halo.sparse_trace import trace
@@ -67,11 +68,15 @@ def sweep(name: str, *, repeats: int, batch: int = 64) -> list[dict]:
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = options.Parser(__doc__)
     parser.add_argument("--network", nargs="+", choices=list(NETWORKS), default=[], help="which networks")
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.95], metavar="S", help="fractions of zeros")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 64, 256], metavar="N", help="images at once")
-    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="timings of each")
+    parser.add_argument(
+        "--sparsity", nargs="+", type=options.real(0, high=1), default=[0.95], metavar="S", help="fractions of zeros"
+    )
+    parser.add_argument(
+        "--batch", nargs="+", type=options.whole(1), default=[1, 64, 256], metavar="N", help="images at once"
+    )
+    parser.add_argument("--repeats", type=options.whole(2), default=9, metavar="N", help="timings of each")
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), help="what to compare")
     parser.add_argument("--figure", action="store_true", help="time against sparsity instead")
     parser.add_argument("--save", metavar="DIR", default="runs/bench", help="folder of the outputs")
@@ -84,7 +89,12 @@ def main(args: argparse.Namespace) -> dict:
 
     Returns:
         The content of sparse.json.
+
+    Raises:
+        OptionError: neither a network nor the figure is asked for.
     """
+    if not (args.network or args.figure):
+        raise options.OptionError("nothing to measure: name a --network, or ask for the --figure")
     folder = Path(args.save)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sparse.json"

@@ -11,6 +11,7 @@ from torch import nn
 from models import ARCHS, build_model
 from utils.files import load_model
 from utils.halo import prunable_weights
+from utils.options import OptionError
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = {  # arch, depth, classes, packed file
@@ -34,6 +35,9 @@ def pruned_network(name: str, sparsity: float, *, uniform: bool = False) -> tupl
         name: of NETWORKS.
         sparsity: fraction of its prunable weights that are zero.
         uniform: remove the same fraction of every layer at random.
+
+    Raises:
+        OptionError: there is no ResNet-20 of that sparsity, from which ResNet-50 takes the shares of its layers.
     """
     arch, depth, classes, packed = NETWORKS[name]
     file = ROOT / "pretrained_models" / f"{packed}_{sparsity}.halo"
@@ -74,7 +78,10 @@ def _vgg() -> dict[str, float]:
 
 def _resnet(weights: dict[str, nn.Parameter], sparsity: float) -> dict[str, float]:
     """Return the fractions that HALO's ResNet-20 keeps, its 3 blocks a stage stretched over those of a deeper one."""
-    small = prunable_weights(load_model(ROOT / "pretrained_models" / f"cifar10_resnet20_halo_{sparsity}.halo"))
+    file = ROOT / "pretrained_models" / f"cifar10_resnet20_halo_{sparsity}.halo"
+    if not file.exists():
+        raise OptionError(f"ResNet-50 keeps of each layer what {file.name} does, which does not exist: see --sparsity")
+    small = prunable_weights(load_model(file))
     kept = {name: float(w.count_nonzero()) / w.numel() for name, w in small.items()}
     blocks = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layer1"))
     shares = {}
