@@ -185,7 +185,8 @@ def test_pruning_on_held_out_images_reads_no_others(network, tmp_path, monkeypat
     monkeypatch.setattr(prune_run, "make_loader", watch)
     options, trained = network
     state, model = load_checkpoint(trained), tmp_path / "model.pth.tar"
-    state["config"]["val_split"] = 9  # as if it had been trained without them
+    state["config"]["val_split"] = 9  # as if it had been trained without them,
+    del state["images"]  # by a version that did not record which they are
     save_checkpoint(model, state)
     pruning = ["--percent", "0.5", "--resume", model, "--save_dir", tmp_path, "--val_split", "9"]
     report = call(cifar_prune_iterative, *options, *pruning)
@@ -253,6 +254,25 @@ def test_images_that_a_network_was_trained_on_are_not_held_out(tiny, tmp_path, f
         assert status == 2 and words in line
     call(cifar, *tiny, "--val_split", 9, "--overwrite")
     assert call(cifar_prune_iterative, *prune, "--resume", final, "--val_split", "6")["images"] == "val"
+
+
+def test_images_in_another_order_are_not_held_out(tiny, tmp_path, fails_in):
+    """Which are held out depends on their order, so that the network has seen some of those that are held out now."""
+    call(cifar, *tiny, "--val_split", 9)
+    other = shutil.copytree(tiny[3], tmp_path / "other")
+    for one, two in (("000.png", "011.png"), ("003.png", "007.png")):
+        (other / "train/class0" / one).rename(other / "train/class0/moved.png")
+        (other / "train/class0" / two).rename(other / "train/class0" / one)
+        (other / "train/class0/moved.png").rename(other / "train/class0" / two)
+    networks = tmp_path / "run" / "final.pth.tar", tmp_path / "pruned0" / "pruned_0.5.pth.tar"
+    for number, network in enumerate(networks):
+        prune = ["--percent", "0.5", "--overwrite", "--save_dir", tmp_path / f"pruned{number}", "--data"]
+        call(cifar_prune_iterative, *prune, tiny[3], "--resume", network, "--val_split", 9)
+        for held_out in (9, 6):
+            wrong = [*prune, other, "--resume", network, "--val_split", held_out]
+            status, line = fails_in(cifar_prune_iterative, *wrong)
+            assert status == 1 and "other images (other pixels in" in line and "--data" in line
+        assert call(cifar_prune_iterative, *prune, other, "--resume", network)["images"] == "test"
 
 
 def test_check_counts_what_is_there(network, tmp_path, capsys):

@@ -196,7 +196,11 @@ def _save(
     path: Path, state: dict, model: nn.Module, args: argparse.Namespace, result: dict, *, accuracy: float
 ) -> None:
     pruning = {key: result[key] for key in ("asked", "removed", "sparsity", "threshold")}
-    kept = {key: state[key] for key in ("epoch", "best_acc", "config", "preprocessing", "class_names") if key in state}
+    kept = {
+        key: state[key]
+        for key in ("epoch", "best_acc", "config", "preprocessing", "class_names", "images")
+        if key in state
+    }
     pruning |= {"of": args.of, "scheme": args.scheme, "seed": args.seed, "checkpoint": str(args.resume)}
     pruning["images"] = "val" if args.val_split else "test"
     save_checkpoint(path, kept | {"state_dict": model.state_dict(), "acc": accuracy, "pruning": pruning})

@@ -16,6 +16,7 @@ from utils.options import OptionError
 from utils.run import choose_device
 from utils.training.data import load_dataset
 from utils.training.dataset import Dataset
+from utils.training.fingerprint import check_images
 from utils.training.loading import memory_format
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "mnist": 10}  # without reading the images
@@ -61,15 +62,18 @@ def load_subject(
         dataset: of a file that does not record it, unless it was given.
 
     Raises:
-        ValueError, OSError: unusable checkpoint or images.
+        ValueError, OSError: unusable checkpoint or images; held-out images that the network may have seen.
         OptionError: the options contradict the file, or it lacks what they do not say.
     """
     device, state = choose_device(args.device), load_checkpoint(path)
     take_from_file(args, state, path, dataset=dataset)
     record = read_record(state, path)
-    check_held_out(state, path, val_split)
+    held_out = check_held_out(state, path, val_split)
     if images and data is None:
         data = _images(args, record, val_split=val_split)
+        if val_split and held_out:
+            split = data if val_split == held_out else _images(args, record, val_split=held_out)
+            check_images(split, state, path, splits=("train", "val"))
     classes = len(data.classes) if data else record.num_classes if record else _classes(args.dataset, state)
     model = build_recorded(args.arch, classes, args.depth, state, path)
     load_weights(model, state["state_dict"], path=path)
@@ -80,8 +84,11 @@ def load_subject(
     return Subject(state, model, data, device, linear, used)
 
 
-def check_held_out(state: dict, path: str, val_split: int) -> None:
-    """Raise unless a network was trained without the images that are to be held out; fewer of them will do.
+def check_held_out(state: dict, path: str, val_split: int) -> int | None:
+    """Raise unless a network was trained without as many images as are to be held out; fewer of them will do.
+
+    Returns:
+        How many it was trained without; None if its file does not say.
 
     Raises:
         OptionError: it was trained on some of them. A file that does not say so is taken at the user's word.
@@ -89,7 +96,7 @@ def check_held_out(state: dict, path: str, val_split: int) -> None:
     config = state.get("config")
     held_out = config.get("val_split") if isinstance(config, dict) else None
     if not isinstance(held_out, int) or val_split <= held_out:
-        return
+        return held_out if isinstance(held_out, int) else None
     remedy = f"give at most --val_split {held_out}" if held_out else "leave it out"
     raise OptionError(f"--val_split {val_split}: {path} was trained on all but {held_out} images: {remedy}")
 

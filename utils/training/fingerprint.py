@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,14 +36,23 @@ def _sample(count: int) -> torch.Tensor:
     return torch.linspace(0, count - 1, min(count, SAMPLE), dtype=torch.float64).round().long()
 
 
-def check_images(data: Dataset, state: Mapping, path: str | Path) -> None:
+def check_images(
+    data: Dataset, state: Mapping, path: str | Path, *, splits: Sequence[str] = ("train", "val", "test")
+) -> None:
     """Raise if a run would go on with other images than it had; a checkpoint of an older version does not tell.
+
+    Args:
+        data: the images, split as they were for the run.
+        state: the checkpoint.
+        path: of its file.
+        splits: the parts to compare.
 
     Raises:
         CheckpointError: with what differs.
     """
     names, before, now = state.get("class_names"), state.get("images"), fingerprint(data)
-    parts = [(split, part) for split in now for part in now[split]] if isinstance(before, Mapping) else []
+    compared = [split for split in splits if split in now] if isinstance(before, Mapping) else []
+    parts = [(split, part) for split in compared for part in now[split]]
     changed = [(split, part) for split, part in parts if _part(before, split, part) != now[split][part]]
     if names is not None and list(names) != list(data.classes):
         one, other = next((a, b) for a, b in zip(names, data.classes, strict=True) if a != b)
@@ -55,7 +64,7 @@ def check_images(data: Dataset, state: Mapping, path: str | Path) -> None:
         differs = f"other {changed[0][1]} in {changed[0][0]}"
     else:
         return
-    remedy = "name the same with --data, or begin a new run with --start"
+    remedy = "name the same with --data, or train a new network on these (cifar.py --start)"
     raise CheckpointError(f"{path} was trained on other images ({differs}): {remedy}")
 
 
