@@ -173,6 +173,45 @@ def test_units_and_flattened_maps(bias, left):
     assert difference(model, small, torch.randn(5, 2, 9, 9)) < 1e-6
 
 
+class Clips(nn.Module):
+    """Reads clips (N, T, C, H, W), or pairs of images, one after the other; the features are in another order."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.conv, self.fc, self.size = with_dead(nn.Conv2d(2, 4, 3), 0, 2), nn.Linear(2 * 4 * 9, 5), size
+
+    def forward(self, x):
+        count = self.size(x)
+        if self.size is clips:
+            x = x.flatten(0, 1)
+        return self.fc(F.relu(self.conv(x)).view(count, -1))
+
+
+def clips(x):
+    return x.size(0)
+
+
+def pairs(x):
+    return x.shape[0] // 2
+
+
+@pytest.mark.parametrize("size, shape", [(clips, (3, 2, 2, 5, 5)), (pairs, (6, 2, 5, 5))])
+def test_views_that_join_images_are_no_flattening(size, shape):
+    model = Clips(size).eval()
+    small = shrink(model)
+    assert small.conv.out_channels == 4
+    assert difference(model, small, torch.randn(shape)) < 1e-6
+
+
+def test_the_number_of_images_may_be_asked_at_the_beginning():
+    """As residual networks do: no step between changes it."""
+    model = Clips(lambda x: x.shape[0]).eval()
+    model.fc = nn.Linear(4 * 9, 5).eval()
+    small = shrink(model)
+    assert small.conv.out_channels == 2
+    assert difference(model, small, torch.randn(6, 2, 5, 5)) < 1e-6
+
+
 class Viewing(nn.Module):
     def __init__(self, size):
         super().__init__()
@@ -185,7 +224,12 @@ class Viewing(nn.Module):
 
 @pytest.mark.parametrize(
     "size, left",
-    [(lambda x: (x.size(0), -1), 3), (lambda x: ((x.shape[0], -1),), 3), (lambda x: (-1, 6 * 49), 6)],
+    [
+        (lambda x: (x.size(0), -1), 3),
+        (lambda x: ((x.shape[0], -1),), 3),
+        (lambda x: (-1, 6 * 49), 6),
+        (lambda x: (x.size(0) // 1, -1), 6),
+    ],
 )
 def test_views_that_flatten(size, left):
     model = Viewing(size).eval()
@@ -233,6 +277,16 @@ def test_weights_that_are_computed_anew_are_refused_or_kept():
         shrink(model)
     prune.remove(model[2], "weight")
     model[0].register_forward_hook(lambda layer, inputs, output: output + 1)
+    small = shrink(model)
+    assert small[0].out_channels == 6
+    assert difference(model, small, torch.randn(5, 2, 9, 9)) < 1e-6
+
+
+@pytest.mark.parametrize("step", [nn.MaxPool2d(1), nn.ReLU(), nn.Dropout()])
+@pytest.mark.parametrize("change", [lambda x: 3 * x, lambda x: x - x.mean(1, keepdim=True)])
+def test_a_hook_may_change_any_step(step, change):
+    model = nn.Sequential(with_dead(nn.Conv2d(2, 6, 3), 1), step, nn.Conv2d(6, 4, 1), *tail(4)).eval()
+    step.register_forward_hook(lambda layer, inputs, output: change(output))
     small = shrink(model)
     assert small[0].out_channels == 6
     assert difference(model, small, torch.randn(5, 2, 9, 9)) < 1e-6

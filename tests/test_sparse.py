@@ -369,10 +369,10 @@ def fails_without_a_word(m, x):
     raise AssertionError
 
 
-def hooked():
-    """A network in which a hook adds 1 to what a layer returns."""
+def hooked(*, whole=False):
+    """A network in which a hook adds 1 to what a layer returns, or the network itself."""
     model = nn.Sequential(nn.Conv2d(4, 4, 3))
-    model[0].register_forward_hook(lambda layer, inputs, output: output + 1)
+    (model if whole else model[0]).register_forward_hook(lambda layer, inputs, output: output + 1)
     return model
 
 
@@ -396,6 +396,7 @@ def hooked():
         (Forward(fails_without_a_word), "cannot follow the network \\(AssertionError\\)"),
         (Forward(lambda m, x: {4: m.conv}[x.shape[1]](x)), "cannot follow the network"),
         (hooked(), "does not support hooks, such as that of '0'"),
+        (hooked(whole=True), "does not support hooks, such as that of the network itself"),
         (Forward(lambda m, x: (x, x)), "not one tensor"),
         (Forward(lambda m, x: x + m.linear.bias), "linear.bias"),
         (Forward(lambda m, x: x if x.sum() > 0 else -x), "torch.fx cannot follow the network"),
@@ -409,6 +410,24 @@ def test_what_is_not_supported_is_named(layer, message):
 def test_a_kernel_without_large_pages(monkeypatch):
     monkeypatch.setattr(sparse_workspace, "ADVICE", 9999)  # madvise: invalid argument
     assert torch.equal(sparse_workspace.zeros(10**6), torch.zeros(10**6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@torch.no_grad()
+def test_what_torch_makes_by_default_does_not_matter(dtype, device):
+    """The kernel reads and writes fp32 on the CPU, in memory that Python gives it."""
+    model, x = pruned(build_model("resnet", 10, 8), 0.5), images(3, 3, 32, 32)
+    fast, late = SparseNetwork(model), SparseNetwork(model)
+    want = fast(x)
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            built = SparseNetwork(model)
+            found = [network(x) for network in (fast, late, built)]  # prepared before and within
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(have, want) for have in found)
 
 
 def test_training_mode_is_refused():

@@ -169,7 +169,9 @@ class Steps(Graph):
         """Return what a step holds, or None if it is none of those that may be narrowed."""
         kind, layer, source = self.kind(node), self.layer(node), self.source(node)
         layout = source.layout if source else None
-        if kind in WIDTHS and (self.calls[node.target] > 1 or self._is_bound(layer) or len(node.args) != 1):
+        if layer and (layer._forward_pre_hooks or layer._forward_hooks):  # which may change what it computes
+            return None
+        if kind in WIDTHS and (self.calls[node.target] > 1 or self._is_shared(layer) or len(node.args) != 1):
             return None
         if kind is nn.Conv2d and layer.groups == 1 and layout in (None, "maps"):
             return Value(number, self._constant_outputs(node), "maps")
@@ -187,10 +189,9 @@ class Steps(Graph):
             return source._replace(layout="flat")
         return self._add(node, source) if kind in SUMS else None
 
-    def _is_bound(self, layer: nn.Module) -> bool:
-        """Tell whether others share the weights of a layer, or a hook may change them."""
-        hooked = layer._forward_pre_hooks or layer._forward_hooks
-        return bool(hooked) or any(id(p) in self.tied_weights for p in layer.parameters(recurse=False))
+    def _is_shared(self, layer: nn.Module) -> bool:
+        """Tell whether others read the weights of a layer."""
+        return any(id(p) in self.tied_weights for p in layer.parameters(recurse=False))
 
     def _drops(self, node: fx.Node) -> bool:
         """Tell whether a function drops values in evaluation mode too."""
@@ -232,7 +233,23 @@ class Steps(Graph):
             return (dims.get("start_dim", 0), dims.get("end_dim", -1)) == (1, -1)
         sizes = (*node.args[1:], *node.kwargs.values())
         sizes = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-        return len(sizes) == 2 and isinstance(sizes[0], fx.Node) and sizes[1] == -1
+        return len(sizes) == 2 and isinstance(sizes[0], fx.Node) and sizes[1] == -1 and self._counts(sizes[0], node)
+
+    def _counts(self, size: fx.Node, view: fx.Node) -> bool:
+        """Tell whether a number is that of the images which a view reads: x.size(0) or x.shape[0] of it or before it."""
+        if len(size.args) != 2 or size.args[1] != 0:
+            return False
+        of = size.args[0]
+        if size.target is operator.getitem and of.target is getattr and of.args[1] == "shape":
+            of = of.args[0]
+        elif size.target != "size":
+            return False
+        before, steps = set(), [view.args[0]]
+        while steps:
+            before.add(step := steps.pop())
+            if step in self.values:  # others may change the number
+                steps += set(step.all_input_nodes) - before
+        return of in before
 
     def _add(self, node: fx.Node, one: Value) -> Value | None:
         """Return the sum of two steps, whose channels are the same ones from now on."""

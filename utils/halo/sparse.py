@@ -121,13 +121,16 @@ class SparseNetwork:
             raise TypeError(f"images must be a float32 tensor on the CPU, not {have}: call .float().cpu()")
         if images.dim() != 4:
             raise ValueError(f"images must be (N, C, H, W), not {tuple(images.shape)}: use unsqueeze(0) for one image")
-        prepared = self._prepared.get(images.shape[1:]) or self._prepare(Shape(*images.shape[1:]))
+        prepared = self._prepared.get(images.shape[1:])
+        if prepared is None:
+            with torch.device("cpu"):
+                prepared = self._prepare(Shape(*images.shape[1:]))
         if self._kernel is None:
             with torch.no_grad():
                 return self.program.run(images)
         images = images.contiguous()
         count = len(images)
-        out = torch.empty((count, *prepared.output))
+        out = torch.empty((count, *prepared.output), dtype=torch.float32, device="cpu")  # whatever the default is
         if count:
             self._run(prepared, images, out, count)
         return out

@@ -81,11 +81,11 @@ class Plan:
         elif not self.memory.single(op):
             c.stride_y, c.stride_x = (axis.stride for axis in op.axes)
         self._count(c, len(offsets))
-        bias = op.bias if op.bias is not None else torch.zeros(shape.channels)
+        bias = op.bias if op.bias is not None else torch.zeros(shape.channels, dtype=torch.float32)
         block = blocks_of(c, terms, op, self.unit)
         for number in range(int(block.max()) if len(block) else 0):
             parts.insert(-1, self._partial(c, terms, offsets, block == number, live, bias))
-            bias = torch.zeros(shape.channels)
+            bias = torch.zeros(shape.channels, dtype=torch.float32)
             c.residual, c.residual_pitch, c.residual_plane = c.output, c.output_pitch, c.output_plane
         self._give(c, terms, offsets, block == block.max() if len(block) else block > 0, live, bias)
         return parts

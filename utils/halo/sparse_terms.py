@@ -34,7 +34,7 @@ def terms_of(op: Op, shape: Shape, after: Shape) -> Terms:
     """List the non-zero weights that ever read a pixel of the map rather than its padding."""
     if op.kind == "identity":
         channel, nothing = torch.arange(shape.channels), torch.zeros(shape.channels, dtype=torch.int64)
-        return Terms(channel, channel, nothing, nothing, torch.ones(shape.channels))
+        return Terms(channel, channel, nothing, nothing, torch.ones(shape.channels, dtype=torch.float32))
     weight = op.weight.reshape(len(op.weight), -1, shape.height, shape.width) if op.kind == "linear" else op.weight
     output, channel, row, column = weight.nonzero().unbind(1)
     values = weight[output, channel, row, column]

@@ -85,6 +85,8 @@ def trace(model: nn.Module) -> Program:
         if module.training:
             what = f"its {type(module).__name__} {name!r}" if name else "the network"
             raise ValueError(f"{what} is in training mode: call model.eval() first")
+    if model._forward_pre_hooks or model._forward_hooks:
+        raise ValueError(f"sparse inference does not support hooks, such as that of the network itself: {REMEDY}")
     if not list(model.children()):
         model = nn.Sequential(model).eval()  # fx would look into a layer that stands alone
     try:
@@ -235,7 +237,9 @@ def _pair(value: int | tuple[int, ...] | None) -> tuple[int, int]:
 
 def _float(tensor: Tensor | None, *, zeros: int) -> Tensor:
     """Copy a tensor to the CPU as float64, in which BatchNorm is folded."""
-    return torch.zeros(zeros, dtype=torch.float64) if tensor is None else tensor.detach().cpu().double()
+    if tensor is None:
+        return torch.zeros(zeros, dtype=torch.float64, device="cpu")
+    return tensor.detach().cpu().double()
 
 
 def _conv(layer: nn.Conv2d) -> Op:

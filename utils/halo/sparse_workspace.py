@@ -19,7 +19,7 @@ def zeros(count: int) -> Tensor:
         The maps of many channels lie in more small pages than the processor remembers the places of.
     """
     if ADVICE is None or 4 * count < HUGE:
-        return torch.zeros(count)
+        return torch.zeros(count, dtype=torch.float32, device="cpu")
     size = (-(-4 * count // HUGE) + 1) * HUGE
     pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without large pages
