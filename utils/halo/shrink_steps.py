@@ -236,7 +236,7 @@ class Steps(Graph):
         return len(sizes) == 2 and isinstance(sizes[0], fx.Node) and sizes[1] == -1 and self._counts(sizes[0], node)
 
     def _counts(self, size: fx.Node, view: fx.Node) -> bool:
-        """Tell whether a number is that of the images which a view reads: x.size(0) or x.shape[0] of it or before it."""
+        """Tell whether a number is that of the images which a view reads, asked of what it reads or before that."""
         if len(size.args) != 2 or size.args[1] != 0:
             return False
         of = size.args[0]
