@@ -153,7 +153,8 @@ def main() -> int:
                 if checkpoint.exists():
                     load_checkpoint(checkpoint)  # raises if it is unreadable
             status = Run(folder, torchrun=args.torchrun).wait()
-            equals.append(status == 0 and equal(load_checkpoint(checkpoint), expected))
+            logged = len((folder / "log.csv").read_text().splitlines()) == EPOCHS + 1  # a title, and a row an epoch
+            equals.append(status == 0 and logged and equal(load_checkpoint(checkpoint), expected))
             print(
                 f"run {len(equals)}, {kills} kills: {'equal' if equals[-1] else f'NOT EQUAL, {folder}.log'}", flush=True
             )

@@ -1,6 +1,7 @@
 """cifar.py from the command line: outputs, exact resume, interruption, and runs that must not be lost."""
 
 import csv
+import hashlib
 import json
 import os
 import random
@@ -329,6 +330,18 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
     finished = load_checkpoint(checkpoint)["epoch"]
     assert finished >= 1
     train(*tiny, *HALO, "--epochs", finished + 1, "--resume", checkpoint)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_killed_between_the_last_checkpoint_and_its_row_the_log_is_made_whole(tiny, tmp_path, epochs):
+    options, folder = [*tiny, "--epochs", epochs], tmp_path / "run"
+    train(*options)
+    whole = (folder / "log.csv").read_bytes()
+    (folder / "log.csv").write_bytes(b"".join(whole.splitlines(keepends=True)[:epochs]) if epochs > 1 else b"")
+    (folder / "summary.json").unlink()
+    train(*options, "--resume", folder / "checkpoint.pth.tar")
+    assert (folder / "log.csv").read_bytes() == whole
+    assert read_json(folder / "summary.json")["log_sha256"] == hashlib.sha256(whole).hexdigest()
 
 
 def test_a_terminal_sees_a_bar_and_a_pipe_does_not(tiny, tmp_path):

@@ -1,5 +1,7 @@
 """The loop: what it measures, what it changes, and how it fails."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import nn
 import cifar
 from utils import HALO, L1, make_penalty, penalized_parameters
 from utils.halo.lambda_sgd import LambdaSGD
-from utils.training.epoch import NonFiniteLossError, evaluate, train_one_epoch
+from utils.training.epoch import LossWatch, NonFiniteLossError, evaluate, train_one_epoch
 from utils.training.meters import Metrics
 from utils.training.optimizers import make_optimizers, milestones
 
@@ -108,6 +110,21 @@ def test_a_diverging_penalty_is_blamed(make):
     optimizers = [sgd(model.parameters(), 10.0), *learned]
     with pytest.raises(NonFiniteLossError, match="batch [23]: .*the penalty did it"):
         train_one_epoch(model, batches, penalty, *optimizers, device=CPU)
+
+
+@pytest.mark.parametrize(
+    "name, wrong", [*product(("halo", "none"), ("0.weight", "2.bias")), ("halo", "lam of 0.weight")]
+)
+def test_what_the_last_step_has_spoiled_is_named(name, wrong):
+    """No later loss of the epoch shows it, and the checkpoint would be overwritten with it."""
+    model, _ = toy()
+    coefficients = {"xi": 1e-4, "psi": 1e-4} if name == "halo" else {}
+    penalty = make_penalty(name, penalized_parameters(model), **coefficients)
+    LossWatch(penalty, every=1).end(model)
+    tensors = model.state_dict() | {f"lam of {key}": lam.data for key, lam in penalty.lambdas.items()}
+    tensors[wrong].view(-1)[-1] = torch.nan
+    with pytest.raises(NonFiniteLossError, match=f"its step made {wrong} infinite or NaN"):
+        LossWatch(penalty, every=1).end(model)
 
 
 def rates(schedule, *, released):

@@ -124,7 +124,8 @@ class LossWatch:
         """
         if self.losses:
             self._look()
-        for name, tensor in {**model.state_dict(), **self.penalty.lambdas}.items():
+        lambdas = {f"lam of {name}": lam for name, lam in self.penalty.lambdas.items()}
+        for name, tensor in {**model.state_dict(), **lambdas}.items():
             if not tensor.isfinite().all():
                 what = f"batch {self.batches}: its step made {name} infinite or NaN"
                 raise NonFiniteLossError(f"{what}; {self._culprit()}")

@@ -14,7 +14,7 @@ from utils.command_line import OptionError, option
 from utils.distributed import is_lost, is_main, lost, processes, rank
 from utils.files.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.files.lock import LockedError
-from utils.logger import one_line, warn
+from utils.logger import one_line, warn, write_csv
 from utils.run import clear_run, describe, is_lack_of_memory, write_json
 from utils.training.epoch import NonFiniteLossError
 from utils.training.state import describe_images, network_state, save_state
@@ -47,6 +47,8 @@ def begin_folder(run: Experiment) -> None:
                 save_checkpoint(run.folder / "init.pth.tar", network_state(run))
             if brought:
                 save_checkpoint(best, brought)
+        if own and is_main():  # killed between the two, the checkpoint has an epoch more than the log
+            write_csv(run.folder / "log.csv", run.history)
         if not own:
             save_state(run)
             if is_main() and not brought and not _ends_with_best(run):
