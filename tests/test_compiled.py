@@ -10,7 +10,7 @@ from test_cifar import HALO, assert_equal_runs
 from test_lambda_sgd import BOUND
 from torch import nn
 
-from utils.training import compiled
+from utils.training import compiled, experiment
 from utils.training.compiled import CompiledNetwork
 
 CPU = torch.device("cpu")
@@ -50,6 +50,17 @@ def test_resume_is_bit_exact(tiny, tmp_path):
     checkpoint = tmp_path / "halves" / "checkpoint.pth.tar"
     train(*options, "--save_dir", tmp_path / "halves", "--resume", checkpoint)
     assert_equal_runs(tmp_path / "straight", tmp_path / "halves")
+
+
+def test_a_batch_of_all_images_is_compiled_too(tiny, monkeypatch):
+    """36 images in batches of 50: the only one of an epoch has 36."""
+    sizes = []
+    monkeypatch.setattr(
+        experiment, "CompiledNetwork", lambda forward, *, batch_size: sizes.append(batch_size) or forward
+    )
+    for batch in (16, 36, 50):
+        train(*tiny, "--compile", "--train_batch", batch, "--epochs", 1, "--device", "cpu", "--overwrite")
+    assert sizes == [16, 36, 36]
 
 
 def test_where_compiling_fails_the_network_runs_as_it_is(monkeypatch, capsys):

@@ -461,6 +461,27 @@ def test_outputs_are_not_replaced_unasked_nor_by_half(deployed, tmp_path, monkey
     assert (tmp_path / "small.pth.tar").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("val_split", [0, 9])
+def test_the_accuracy_in_its_file_is_of_the_images_it_was_measured_on(images, tmp_path, capsys, no_export, val_split):
+    """The test images, where a pruned file, or a run with held-out images, has that of those."""
+    write_pruned(tmp_path / "p.pth.tar", val_split=val_split)
+    options = ["--checkpoint", tmp_path / "p.pth.tar", "--save", tmp_path / "small", "--data", images, *QUICK]
+    for more, of in ([], "test"), (["--no_data"], "val" if val_split else "test"):
+        call(deploy, *options, *more, "--overwrite")
+        report = call(check_params, "--checkpoint", tmp_path / "small.pth.tar", "--no_data")
+        assert report["stored_images"] == of
+        assert ("of held-out images" in capsys.readouterr().out) == (of == "val")
+
+
+def test_files_of_an_earlier_call_are_named(deployed, tmp_path, capsys, no_export):
+    options = ["--checkpoint", deployed[1] / "pruned.pth.tar", "--save", tmp_path / "small", "--no_data", *QUICK]
+    (tmp_path / "small.onnx").write_bytes(b"of another network")
+    call(deploy, *options)
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/small.onnx was there before" in said and "give --onnx too" in said
+    assert "safetensors" not in said
+
+
 @pytest.mark.parametrize(
     "widths, text",
     [

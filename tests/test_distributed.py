@@ -241,6 +241,16 @@ def test_what_cannot_be_shared_is_refused(fails_in, monkeypatch, tmp_path):
         assert status == 2 and "torchrun" in line
 
 
+@pytest.mark.parametrize("device", ["auto", "mps"])
+def test_several_processes_on_an_apple_gpu_are_one_line(monkeypatch, tiny, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for name, value in environment(0, 2, "1").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OptionError, match="--device mps is one process"):
+        train(*tiny, "--device", device)
+
+
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 @pytest.mark.parametrize("set_by_torchrun", [{"LOCAL_RANK": "1"}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}])
 def test_more_processes_than_gpus_is_one_line_in_each(monkeypatch, fails, tiny, device, set_by_torchrun):

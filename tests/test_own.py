@@ -265,13 +265,23 @@ def test_images_that_do_not_fit_into_the_memory_are_refused_before_they_are_read
     assert "50%" in line and "--image_size" in line
 
 
+@pytest.mark.parametrize("kind, name", [("uint16", "grey.png"), ("uint16", "grey.tif"), ("float32", "grey.tif")])
+def test_grey_values_of_more_than_8_bits_are_refused(tmp_path, kind, name):
+    """PIL would make white or black squares of them."""
+    Image.fromarray(np.linspace(0, 60_000, 32 * 32).reshape(32, 32).astype(kind)).save(tmp_path / name)
+    with pytest.raises(ValueError, match="more than 8 bits .*: save it with 8 bits a channel"):
+        folder.read_image(tmp_path / name, Preprocessing((1, 32, 32), (0.5,), (0.5,)))
+
+
 def test_the_memory_there_is():
     assert 2**20 < folder.available_memory() < 2**50
 
 
-@pytest.mark.parametrize("limit, there", [("max", 3000 * 1024), ("5000000", 4_000_000), ("1002000", 2000)])
+@pytest.mark.parametrize("limit, there", [("max", 3000 * 1024), ("5000000", 4_500_000), ("1002000", 502_000)])
 def test_a_container_may_have_less(monkeypatch, limit, there):
+    """Half of what it uses are files that it read, which the system forgets when memory is short."""
     files = {"/proc/meminfo": ["MemTotal: 9000 kB", "MemAvailable:    3000 kB"]}
+    files |= {"/sys/fs/cgroup/memory.stat": ["anon 400000", "inactive_file 500000", "active_file 100000"]}
     files |= {"/sys/fs/cgroup/memory.max": [limit], "/sys/fs/cgroup/memory.current": ["1000000"]}
     monkeypatch.setattr(folder, "_lines", files.__getitem__)
     assert folder.available_memory() == min(there, 3000 * 1024)

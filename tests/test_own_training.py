@@ -4,6 +4,7 @@ import importlib
 import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import train
@@ -11,6 +12,7 @@ from forked import Forked
 from test_distributed import environment, free_port
 
 from models import check_own_network
+from utils.distributed import checksum
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
 
 NETWORKS = """
@@ -34,6 +36,14 @@ class Skips(nn.Module):
         if not self.training or (self.seen > 2 and np.random.rand() < 0.5):
             x = x + self.second(x)
         return self.last(x)
+
+class InBf16(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 3, 3).bfloat16(), nn.Linear(3 * 14 * 14, num_classes)
+
+    def forward(self, x):
+        return self.last(self.first(x.bfloat16()).flatten(1).float())
 
 class Auxiliary(nn.Module):
     def __init__(self, num_classes):
@@ -77,6 +87,23 @@ def test_blocks_skipped_at_random_resume_bit_for_bit(options, tmp_path, penalty)
     train(*options, "--epochs", 3, "--save_dir", tmp_path / "run", "--resume", tmp_path / "run" / "checkpoint.pth.tar")
     one, other = (load_checkpoint(tmp_path / name / "final.pth.tar") for name in ("straight", "run"))
     assert all(torch.equal(one["state_dict"][name], other["state_dict"][name]) for name in one["state_dict"])
+
+
+def test_processes_may_skip_other_blocks(options, tmp_path):
+    port = free_port()
+    options += ["-a", "odd_nets:Skips", "--epochs", 2, "--device", "cpu", "--save_dir", tmp_path / "run"]
+    jobs = [Forked(*options, env=environment(rank, 2, port)) for rank in range(2)]
+    outputs = [job.communicate(timeout=120) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    assert load_checkpoint(tmp_path / "run" / "final.pth.tar")["epoch"] == 2
+
+
+def test_a_network_in_bf16_has_its_files(options, tmp_path):
+    options += ["-a", "odd_nets:InBf16", "--epochs", 1, "--save_dir", tmp_path / "run"]
+    train(*options)
+    assert np.load(tmp_path / "run" / "conv_params.npy").dtype == np.float32
+    state = load_checkpoint(tmp_path / "run" / "final.pth.tar")["state_dict"]
+    assert len(checksum(state)) == 64 and checksum(state) != checksum({n: w + 1 for n, w in state.items()})
 
 
 def test_a_checkpoint_without_the_momenta_of_a_skipped_block_goes_on(options, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shutil
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from conftest import ROOT, train
 from PIL import Image
 
 import check_params
+import cifar
 import cifar_prune_iterative
 import compute_energy
+import deploy
 import mnist.mnist
 from models import build_model
 from utils.files import load_model
@@ -196,6 +199,38 @@ def test_an_older_folder_run_keeps_its_squashed_images_and_its_mean(tiny, images
     assert (CIFAR.pixels(wide) == 0).all()
     status, line = fails(*tiny, "--resume", checkpoint, "--image_size", "48", "--epochs", "3")
     assert status == 2 and "--image_size 48 contradicts" in line
+
+
+def test_the_size_of_the_images_is_that_of_the_checkpoint(run, images, tmp_path):
+    options = ["-d", "folder", "--data", images, "-a", "resnet", "--depth", 8, "--padding", 2]
+    assert train(*options, "--evaluate", "--resume", run / "final.pth.tar")["epoch"] == 2
+    more = ["--epochs", 3, "--schedule", "--train_batch", 16, "--save_dir", tmp_path / "run"]
+    train(*options, *more, "--resume", run / "checkpoint.pth.tar")
+    state = load_checkpoint(tmp_path / "run" / "final.pth.tar")
+    assert state["config"]["image_size"] == 24 and state["preprocessing"]["shape"] == [3, 24, 24]
+
+
+@pytest.mark.parametrize("name", ["final.pth.tar", "pruned/pruned_0.5.pth.tar", "small.halo"])
+@pytest.mark.parametrize("renamed", [("class0", "zebra"), ("class2", None)])
+def test_images_of_other_classes_are_refused_by_every_stage(run, images, tmp_path, fails_in, name, renamed):
+    """As many or fewer: their labels would mean something else."""
+    shutil.copytree(images, tmp_path / "other")
+    for split in ("train", "test"):
+        folder = tmp_path / "other" / split / renamed[0]
+        folder.rename(folder.with_name(renamed[1])) if renamed[1] else shutil.rmtree(folder)
+    data, pruned, energy = ["--data", tmp_path / "other"], tmp_path / "pruned", tmp_path / "energy"
+    stages = {
+        check_params: ["--checkpoint", run / name],
+        cifar_prune_iterative: ["--percent", 0.9, "--resume", run / name, "--save_dir", pruned],
+        compute_energy: ["--checkpoint", run / name, "--save", energy],
+        deploy: ["--checkpoint", run / name, "--save", tmp_path / "small"],
+    }
+    options = ["-d", "folder", "-a", "resnet", "--depth", 8]
+    stages |= {cifar: [*options, "--evaluate", "--resume", run / name]} if renamed[1] else {}
+    for script, options in stages.items():
+        status, line = fails_in(script, *data, *options)
+        what = "'class0' and is 'class1'" if renamed[1] else "'class2' and is 'missing'"
+        assert status == 1 and f"a class was called {what}" in line, line
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,13 @@ def main_first() -> Iterator[None]:
         wait_for_all()
 
 
-def replicate(model: nn.Module, device: torch.device) -> nn.Module:
+def replicate(model: nn.Module, device: torch.device, *, skips: bool = False) -> nn.Module:
     """Return the network such that a backward pass leaves in every process the mean gradient over processes.
+
+    Args:
+        model: the network, on the device.
+        device: of this process.
+        skips: whether a step may leave parameters out, others in every process; looking for them takes time.
 
     Note:
         BatchNorm normalises with the statistics of a process's own images. Its running estimates are averaged by
@@ -99,7 +104,7 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the option's new name is unknown to torch 2.6
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=skips)
 
 
 def sum_(tensor: Tensor) -> Tensor:
@@ -111,10 +116,15 @@ def sum_(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_buffers_(model: nn.Module) -> None:
-    """Replace the floating point buffers of a network (BatchNorm's running estimates) by their mean, in place."""
-    for buffer in model.buffers():
+    """Replace the floating point buffers of a network (BatchNorm's running estimates) by their mean, in place.
+
+    Others, as counts of batches, which differ where processes skip other blocks, become those of the first process.
+    """
+    for buffer in model.buffers() if processes() > 1 else ():
         if buffer.is_floating_point():
             sum_(buffer).div_(processes())
+        else:
+            dist.broadcast(buffer, 0)
 
 
 def gathered(value: object) -> list:
@@ -130,7 +140,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # bf16 too
     return digest.hexdigest()
 
 

@@ -74,7 +74,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device: "auto" takes cuda, else mps, else cpu.
 
     Raises:
-        OptionError: the device is not available here, or torchrun started more processes than there are GPUs.
+        OptionError: the device is not available here, or is none for as many processes as torchrun started.
 
     Note:
         fp32 is fp32 on CUDA too, where convolutions by default round their inputs to 10 bits (TF32), and matrix
@@ -85,6 +85,10 @@ def choose_device(name: str) -> torch.device:
         name = next(device for device, there in available.items() if there)
     if not available[name]:
         raise OptionError(f"--device {name} is not available here: use --device auto or cpu")
+    if name == "mps" and processes() > 1:
+        raise OptionError(
+            "--device mps is one process: gloo, which joins them, has no Apple GPU; start 1, or --device cpu"
+        )
     if name == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         started = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -37,10 +37,16 @@ class Preprocessing:
     resize: str = "crop"
 
     def pixels(self, image: Image) -> Tensor:
-        """Return a PIL image as uint8 (C, H, W), at the size of this network."""
+        """Return a PIL image as uint8 (C, H, W), at the size of this network.
+
+        Raises:
+            ValueError: it has too many pixels, or grey values of more than 8 bits.
+        """
         channels, height, width = self.shape
         if image.width * image.height > PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels are too many: give images of {PIXELS:,} at most")
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):  # which PIL clips to 255, and says nothing
+            raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}): save it with 8 bits a channel")
         image = image.convert("RGB" if channels == 3 else "L")
         if image.size != (width, height):
             image = _resized(image, width, height, squash=self.resize == "squash")

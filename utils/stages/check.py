@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -17,7 +16,7 @@ from utils.halo.pruning import count_macs, dead_filters, overall_sparsity, savin
 from utils.halo.shrink import shrink
 from utils.logger import result_text, say
 from utils.run import all_or_none, refuse_existing, write_json
-from utils.stages.subject import Subject, load_subject
+from utils.stages.subject import Subject, load_subject, recorded_images
 from utils.training.epoch import evaluate
 from utils.training.loading import make_loader
 
@@ -158,12 +157,6 @@ def print_report(report: dict, *, tau: float, classes: int | None) -> None:
         say(f"test {result_text(report['test'], classes=classes)}  (the file records {said})")
     else:
         say(f"not evaluated (--no_data); the file records {said}")
-
-
-def recorded_images(state: Mapping) -> str:
-    """Return which images the accuracy in a checkpoint is of: val, which were held out, or test."""
-    pruning, config = state.get("pruning"), state.get("config") or {}
-    return pruning.get("images", "test") if pruning else "val" if config.get("val_split") else "test"
 
 
 def negative_zeros(compact: dict) -> str:

@@ -27,7 +27,7 @@ from utils.run import all_or_none, describe, made_folder, refuse_existing, write
 from utils.stages import export
 from utils.stages.compiler import Compiler
 from utils.stages.proof import PROOF, Form, images_of, print_proof, prove
-from utils.stages.subject import Subject, load_subject
+from utils.stages.subject import Subject, load_subject, recorded_images
 from utils.stages.timing import interleave_enough
 
 KINDS = ("pth.tar", "pt2", "json", "png", "onnx", "safetensors")
@@ -260,6 +260,7 @@ def small_state(args: argparse.Namespace, subject: Subject, small: nn.Module, re
     return kept | {
         "state_dict": {name: tensor.cpu().contiguous() for name, tensor in small.state_dict().items()},
         "acc": state.get("acc") if top1 is None else report["proof"]["forms"]["shrunk"]["top1"],
+        "acc_images": recorded_images(state) if top1 is None else "test",
         "config": config,
         "preprocessing": subject.preprocessing.record(),
     }
@@ -272,6 +273,9 @@ def write(paths: dict[str, Path], files: dict[str, bytes], state: dict, report: 
             file.write(content)
     if "pt2" not in files:
         paths["pt2"].unlink(missing_ok=True)  # that of an earlier call is of another network
+    for old in (paths["json"].with_suffix(f".{kind}") for kind in KINDS if kind not in paths):
+        if old.exists():
+            warn(f"{old} was there before and may be of another network: give --{old.suffix[1:]} too, or remove it")
     save_checkpoint(paths["pth.tar"], state)
     plot_deploy(report, paths["png"])
     write_json(paths["json"], report)

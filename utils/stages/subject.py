@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from utils.options import OptionError
 from utils.run import choose_device
 from utils.training.data import load_dataset
 from utils.training.dataset import Dataset
-from utils.training.fingerprint import check_images
+from utils.training.fingerprint import check_classes, check_images
 from utils.training.loading import memory_format
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "mnist": 10}  # without reading the images
@@ -71,6 +72,7 @@ def load_subject(
     held_out = check_held_out(state, path, val_split)
     if images and data is None:
         data = _images(args, record, val_split=val_split)
+        check_classes(data, state, path)
         if val_split and held_out:
             split = data if val_split == held_out else _images(args, record, val_split=held_out)
             check_images(split, state, path, splits=("train", "val"))
@@ -114,3 +116,10 @@ def _classes(dataset: str, state: dict) -> int:
     """Return the number of classes of a file that does not record it: the data set's, else the last matrix's rows."""
     matrices = [tensor for tensor in state["state_dict"].values() if tensor.dim() == 2]
     return NUM_CLASSES.get(dataset) or (len(matrices[-1]) if matrices else 2)
+
+
+def recorded_images(state: Mapping) -> str:
+    """Return which images the accuracy in a checkpoint is of: val, which were held out, or test."""
+    pruning, config = state.get("pruning"), state.get("config") or {}
+    images = pruning.get("images", "test") if pruning else "val" if config.get("val_split") else "test"
+    return state.get("acc_images", images)  # deploy.py measures anew

@@ -72,9 +72,9 @@ class Experiment:
         self.train_loader = loader("train", batch_size=args.train_batch, generator=generator)
         self.held_out_loader = loader(self.held_out, batch_size=args.test_batch)
         self.precision = Precision(device, args.amp)
-        self.forward = replicate(model, device)
+        self.forward = replicate(model, device, skips=":" in args.arch)
         self.optimizers, self.schedulers = make_optimizers(model, penalty, args)
-        batch_size = len(range(rank(), args.train_batch, processes()))
+        batch_size = len(range(rank(), min(args.train_batch, len(data.train.labels)), processes()))
         self.recorded: RecordedStep | None = None
         if can_record(args, device):
             self.recorded = RecordedStep(self.optimizers, penalty, batch_size=batch_size)
@@ -158,6 +158,8 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
             record = read_record(state, args.resume) if state else None
             if args.evaluate and record and record.dataset != args.dataset:
                 raise OptionError(f"-d {args.dataset} is not what {args.resume} is of: give -d {record.dataset}")
+            if state:
+                loading.take_image_size(args, state)
             data = loading.load_images(args, record)
         say(data_line(args, data))
         path = args.resume or args.start

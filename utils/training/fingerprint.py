@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,22 +51,36 @@ def check_images(
     Raises:
         CheckpointError: with what differs.
     """
-    names, before, now = state.get("class_names"), state.get("images"), fingerprint(data)
+    check_classes(data, state, path)
+    before, now = state.get("images"), fingerprint(data)
     compared = [split for split in splits if split in now] if isinstance(before, Mapping) else []
     parts = [(split, part) for split in compared for part in now[split]]
     changed = [(split, part) for split, part in parts if _part(before, split, part) != now[split][part]]
-    if names is not None and list(names) != list(data.classes):
-        one, other = next((a, b) for a, b in zip(names, data.classes, strict=True) if a != b)
-        differs = f"a class was called {one!r} and is {other!r}"
-    elif changed and changed[0][1] == "count":
+    if changed and changed[0][1] == "count":
         split = changed[0][0]
         differs = f"{_part(before, split, 'count')} in {split}, now {now[split]['count']}"
     elif changed:
         differs = f"other {changed[0][1]} in {changed[0][0]}"
     else:
         return
+    raise _other_images(path, differs)
+
+
+def check_classes(data: Dataset, state: Mapping, path: str | Path) -> None:
+    """Raise if the classes of some images are not those of a network; a file of others, or older, does not tell.
+
+    Raises:
+        CheckpointError: with what differs.
+    """
+    names, now = state.get("class_names"), list(data.classes)
+    if names is not None and list(names) != now:
+        one, other = next((a, b) for a, b in zip_longest(names, now, fillvalue="missing") if a != b)
+        raise _other_images(path, f"a class was called {one!r} and is {other!r}")
+
+
+def _other_images(path: str | Path, differs: str) -> CheckpointError:
     remedy = "name the same with --data, or train a new network on these (cifar.py --start)"
-    raise CheckpointError(f"{path} was trained on other images ({differs}): {remedy}")
+    return CheckpointError(f"{path} was trained on other images ({differs}): {remedy}")
 
 
 def _part(recorded: Mapping, split: str, part: str) -> object:

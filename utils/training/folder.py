@@ -120,9 +120,12 @@ def available_memory() -> int | None:
     found = []
     lines = _lines("/proc/meminfo")
     found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # of a container
+    limit, used, parts = (
+        _lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current", "stat")
+    )  # a container's
     if limit and used and limit[0].isdigit():
-        found.append(int(limit[0]) - int(used[0]))
+        cached = [int(line.split()[1]) for line in parts if line.startswith("inactive_file ")]  # given back when needed
+        found.append(int(limit[0]) - int(used[0]) + sum(cached))
     if not found and hasattr(os, "sysconf"):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(found, default=None)

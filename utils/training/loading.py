@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from utils.training.augment import Loader
 from utils.training.data import load_dataset
 from utils.training.dataset import Dataset, Split
 from utils.training.epoch import evaluate
+from utils.training.fingerprint import check_classes
 
 
 def load_images(args: argparse.Namespace, record: Record | None) -> Dataset:
@@ -44,6 +46,14 @@ def load_images(args: argparse.Namespace, record: Record | None) -> Dataset:
             require_size(args.arch, size)
     options = {"shape": shape, "val_split": args.val_split, "preprocessing": preprocessing}
     return load_dataset(args.dataset, args.data, **options, **augmentation)
+
+
+def take_image_size(args: argparse.Namespace, state: Mapping) -> None:
+    """Let what goes on from a checkpoint have the size of its images where the options name none, in place."""
+    if args.dataset == "folder" and args.image_size is None:
+        config = state.get("config")
+        size = config.get("image_size") if isinstance(config, Mapping) else 32
+        args.image_size = size if isinstance(size, int) else None
 
 
 def require_size(arch: str, size: int) -> None:
@@ -109,6 +119,7 @@ def evaluate_checkpoint(
     """
     state = load_checkpoint(path)
     load_weights(model, state["state_dict"], path=path)
+    check_classes(data, state, path)
     loader = make_loader(data, "test", device, arch=args.arch, batch_size=args.test_batch)
     result = evaluate(model, loader, device=device)
     return result | {"epoch": state.get("epoch")}

@@ -76,8 +76,8 @@ def draw_regularization(folder: Path, last: Mapping, arguments: Mapping) -> None
 
 def write_arrays(run: Experiment) -> tuple[np.ndarray, np.ndarray]:
     """Write the arrays that the release writes; return the penalised weights and their lam as vectors."""
-    weights = flatten(run.penalty.penalized).cpu().numpy()
-    lambdas = flatten(run.penalty.lambdas).cpu().numpy() if run.penalty.lambdas else np.empty(0, np.float32)
+    weights = flatten(run.penalty.penalized).float().cpu().numpy()
+    lambdas = flatten(run.penalty.lambdas).float().cpu().numpy() if run.penalty.lambdas else np.empty(0, np.float32)
     arrays = {"conv_params": weights, "reg_params": lambdas}
     for split, key in (("train", "train"), ("test", run.held_out)):
         arrays[f"{split}_accs"] = np.array([row[f"{key}_top1"] for row in run.history])

@@ -57,8 +57,9 @@ def describe_images(data: Dataset) -> dict:
 
 def generator_states(run: Experiment) -> dict[str, list[Tensor]]:
     """Return the states of torch's generators, of every process: Dropout in a network of your own draws from them."""
-    on_cuda = run.device.type == "cuda"
+    on_cuda, on_mps = (run.device.type == kind for kind in ("cuda", "mps"))
     states = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(run.device) if on_cuda else None}
+    states["mps"] = torch.mps.get_rng_state() if on_mps else None
     everywhere = gathered(states)
     return {key: [each[key] for each in everywhere if each[key] is not None] for key in states}
 
@@ -138,6 +139,8 @@ def _set_generators(run: Experiment, states: dict) -> None:
     torch.set_rng_state(own[rank() % len(own)])
     if states["cuda"] and run.device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"][rank() % len(states["cuda"])], run.device)
+    if states.get("mps") and run.device.type == "mps":  # an older version kept none
+        torch.mps.set_rng_state(states["mps"][0])
 
 
 def check_same_run(run: Experiment, state: dict, path: str | Path) -> None:
