@@ -20,11 +20,12 @@ from statistics import mean, stdev
 
 from utils import options
 from utils.files.atomic import write_text
+from utils.files.lock import folder_lock
 from utils.logger import say
 from utils.paths import portable_arguments
 from utils.plot_methods import failed_to_learn
-from utils.run import read_json, require_writable, run_script, write_json
-from utils.studies.adaptivity import LABELS, HaloRun, describe_lambdas, draw, load_run, measure_control
+from utils.run import require_writable, run_script, write_json
+from utils.studies.adaptivity import LABELS, HaloRun, describe_lambdas, draw, load_run, measure_control, prepare
 from utils.studies.measurements import read_accuracies
 from utils.studies.report import top1_table
 
@@ -56,29 +57,13 @@ def load_runs(folders: list[str]) -> list[HaloRun]:
     """
     runs = [load_run(folder) for folder in folders]
     for run in runs[1:]:
-        first = runs[0].setting
-        other = [key for key, value in run.setting.items() if value != first.get(key)]
+        first = runs[0]
+        other = [key for key in run.setting | first.setting if run.setting.get(key) != first.setting.get(key)]
         if other:
             raise ValueError(f"{run.folder} differs from the first run in {other[0]}: give runs that differ in seed")
     if len({run.seed for run in runs}) < len(runs):
         raise ValueError("two runs have the same seed: give each once")
     return runs
-
-
-def prepare(out: Path, setting: dict) -> None:
-    """Make the folder of the outputs, for the controls of one setting only.
-
-    Raises:
-        ValueError: it holds the controls of another.
-        OSError: it cannot be made or written to.
-    """
-    require_writable(out, make=True)
-    before = read_json(out / "setting.json")
-    if before is not None and before != setting:
-        changed = next((key for key in before | setting if setting.get(key) != before.get(key)), "their order")
-        was = f"{changed} {before.get(changed)}, now {setting.get(changed)}"
-        raise ValueError(f"{out} holds the controls of other runs ({was}): choose another --save_dir")
-    write_json(out / "setting.json", setting)
 
 
 def rows_of(found: dict[str, list[dict[float, float]]], percent: tuple[float, ...]) -> list[dict]:
@@ -106,7 +91,7 @@ def write_report(out: Path, rows: list[dict], lambdas: list[dict], title: str) -
     text = [f"# {title}", "", f"    {command}", ""]
     text += top1_table(rows, f"Top-1 (%) on the held-out images, mean ± standard deviation, n = {rows[0]['n']}")
     text += ["## lam at the end of each run", "", f"| {' | '.join(lambdas[0])} |", "|---" * len(lambdas[0]) + "|"]
-    text += [f"| {' | '.join(f'{value:.4g}' for value in row.values())} |" for row in lambdas]
+    text += [f"| {row['seed']} | {' | '.join(f'{row[key]:.4g}' for key in row if key != 'seed')} |" for row in lambdas]
     write_text(out / "adaptivity.md", "\n".join([*text, ""]))
     write_json(out / "adaptivity.json", {"title": title, "command": command, "rows": rows, "lambdas": lambdas})
     draw(rows, out / "adaptivity.png", title=title)
@@ -119,7 +104,14 @@ def main(args: argparse.Namespace) -> dict:
         `rows` of the table, and `lambdas`, what lam looks like at the end of each run.
     """
     runs, out, percent = load_runs(args.runs), Path(args.save_dir), tuple(sorted(set(args.percent)))
-    prepare(out, runs[0].setting | {"epochs after the end": args.epochs})
+    require_writable(out, make=True)
+    with folder_lock(out, remedy="choose another --save_dir"):
+        prepare(out, runs[0].setting | {"epochs after the end": args.epochs}, runs)
+        return compare(runs, out, percent, args)
+
+
+def compare(runs: list[HaloRun], out: Path, percent: tuple[float, ...], args: argparse.Namespace) -> dict:
+    """Train and measure the controls in a folder that is ours, and report."""
     found: dict[str, list[dict[float, float]]] = {name: [] for name in ("halo", *args.only)}
     for run in runs:
         for name in found:

@@ -61,7 +61,14 @@ def read_report(path: str) -> tuple[dict, dict[float, float]]:
     measured = [(report["before"], report["before"]), *((result, result["after"]) for result in report["results"])]
     if not all(is_number(cut.get("sparsity"), high=1) for cut, _ in measured):
         raise ValueError(f"{path} does not say its sparsity in numbers from 0 to 1: use another copy")
-    return setting, {round(cut["sparsity"], 4): accuracy["top1"] for cut, accuracy in measured}
+    asked = [result["asked"] for result in report["results"]]
+    return setting, {_column(cut["sparsity"], asked): accuracy["top1"] for cut, accuracy in measured}
+
+
+def _column(sparsity: float, asked: list[float]) -> float:
+    """Return the ratio that was asked for where it is the true one to four digits, else those of the true one."""
+    near = min(asked, key=lambda ratio: abs(ratio - sparsity), default=0.0)
+    return near if abs(near - sparsity) < 5e-5 else round(sparsity, 4)
 
 
 def require_alike(runs: Mapping[str, Mapping]) -> None:
@@ -121,7 +128,7 @@ def main(args: argparse.Namespace) -> dict:
         Label to ratio to top-1 in percent.
     """
     labels = args.labels or labels_of(args.reports)
-    if len(set(labels)) != len(args.reports):
+    if not len(set(labels)) == len(labels) == len(args.reports):
         raise options.OptionError("give as many different --labels as there are reports")
     if args.save:
         refuse_existing([Path(args.save)], overwrite=args.overwrite, inputs=args.reports)

@@ -146,7 +146,9 @@ def pareto(folder: Path, name: str) -> None:
 def study(folder: Path) -> None:
     """Write the tables and figures of a study; the command in its table stays."""
     lines = (folder / "table.md").read_text().splitlines()
-    command = next(line.strip() for line in lines if line.startswith("    "))
+    command = next((line.strip() for line in lines if line.startswith("    ")), None)
+    if command is None:
+        raise ValueError("table.md has no command")
     write_report(load_study(REPOSITORY / "results" / "studies" / f"{folder.name}.json"), folder, command=command)
 
 

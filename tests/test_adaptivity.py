@@ -9,11 +9,13 @@ import torch
 import adaptivity
 from mnist import mnist
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
+from utils.files.lock import folder_lock
 from utils.paths import portable_path
 from utils.studies.adaptivity import (
     LABELS,
     AveragedHALO,
     GrowingL1,
+    HaloRun,
     costless,
     describe_lambdas,
     load_run,
@@ -203,6 +205,20 @@ def test_the_controls_of_other_runs_are_not_taken_over(runs, done, tmp_path, fai
     assert status == 1 and "xi 0.0001, now 0.0002" in line and "--save_dir" in line
     status, line = fails_in(adaptivity, runs[0], *options[:3], 4, *options[4:])
     assert status == 1 and "epochs after the end 2, now 4" in line
+
+
+def test_the_controls_of_a_run_that_was_trained_anew_are_not_taken_over(runs, done, tmp_path, fails_in, monkeypatch):
+    """With the same options and seed: on another machine, say."""
+    shutil.copytree(done[0], tmp_path / "out")
+    monkeypatch.setattr(HaloRun, "identity", "of another log")
+    status, line = fails_in(adaptivity, runs[0], "--percent", 0.5, "--epochs", 2, "--save_dir", tmp_path / "out")
+    assert status == 1 and "seed 1 was another run" in line and "--save_dir" in line
+
+
+def test_a_folder_that_another_call_works_in_is_left_alone(runs, tmp_path, fails_in):
+    with folder_lock(tmp_path):
+        status, line = fails_in(adaptivity, runs[0], "--percent", 0.5, "--save_dir", tmp_path)
+    assert status == 1 and "works in" in line and not (tmp_path / "setting.json").exists()
 
 
 def test_stopped_it_says_that_the_same_command_goes_on(runs, tmp_path, fails_in, monkeypatch):

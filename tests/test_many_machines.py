@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,13 +115,14 @@ def inline(monkeypatch):
 
 def test_a_cluster_computes_what_one_machine_does_though_a_worker_is_killed_in_mid_run(dask, local, tmp_path, capsys):
     out = tmp_path / "out"
-    killed = []
+    killed, begun = [], []
 
     def kill_one():
         wait_until(lambda: any(len((f / "log.csv").read_text().splitlines()) > 2 for f in busy(out)))
         folder = next(f for f in busy(out) if len((f / "log.csv").read_text().splitlines()) > 2)
         os.kill(holders(out)[folder], signal.SIGKILL)
         killed.append(folder)
+        begun.append((folder.parent / "log.txt").read_text())
 
     killer = threading.Thread(target=kill_one)
     killer.start()
@@ -128,7 +130,8 @@ def test_a_cluster_computes_what_one_machine_does_though_a_worker_is_killed_in_m
     killer.join()
     assert table(out) == table(local) and len(table(out)) == 4
     log = (killed[0].parent / "log.txt").read_text()
-    assert killed and "epoch 12" in log.replace(" 12/12", " 12")
+    assert log.startswith(begun[0]) and re.search(r"epoch +1/12 ", begun[0]), "it had an epoch when it was killed"
+    assert len(re.findall(r"epoch +1/12 ", log)) == len(re.findall(r"epoch +12/12 ", log)) == 1, "and went on from it"
     assert not [*out.rglob("starts.json"), *out.rglob(".lock"), *out.rglob("failed.json")]
     config = read_json(killed[0] / "config.json")
     assert "dask" not in config["command"][0] and config["threads"] == threads_each(2)

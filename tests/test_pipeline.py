@@ -394,6 +394,20 @@ def test_a_network_that_had_zeros_goes_by_its_true_sparsity(network, tmp_path, c
     assert "does not say its sparsity" in fails_in(compare_pruning, *files)[1]
 
 
+def test_the_same_ratio_has_one_column(network, tmp_path, capsys, fails_in):
+    """0.96875 of the weights, of all of them and again of those that are left: to four digits it is another number."""
+    options, model = network
+    for name, of in (("a", "nonzero"), ("b", "all")):
+        source = model if of == "nonzero" else tmp_path / "a" / "pruned_0.96875.pth.tar"
+        prune = ["--percent", 0.96875, "--of", of, "--resume", source, "--save_dir", tmp_path / name]
+        call(cifar_prune_iterative, *options, *prune)
+    files = [tmp_path / name / "prune.json" for name in ("a", "b")]
+    capsys.readouterr()
+    found = call(compare_pruning, *files, "--labels", "one", "two")
+    assert capsys.readouterr().out.splitlines()[0] == "| | dense | 0.96875 |" and [*found["two"]] == [0.96875]
+    assert "different --labels" in fails_in(compare_pruning, *files, "--labels", "x", "x", "y")[1]
+
+
 def test_pruned_networks_that_are_not_replaced_are_named(network, tmp_path, capfd):
     options, model = network
     prune = ["--resume", model, "--save_dir", tmp_path, "--overwrite"]

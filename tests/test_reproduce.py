@@ -16,8 +16,9 @@ from conftest import ROOT
 import reproduce
 from utils.logger import duration
 from utils.paths import portable_path
+from utils.run import read_json, write_json
 from utils.studies import executors
-from utils.studies.jobs import jobs_before, tuning_jobs
+from utils.studies.jobs import jobs_before, require_same_study, tuning_jobs
 from utils.studies.measurements import read_accuracies, read_seconds
 from utils.studies.progress import Progress, committed_seconds, to_come
 from utils.studies.report import tried, write_report
@@ -269,9 +270,33 @@ def test_another_study_in_the_same_folder_is_refused(done, tmp_path, fails_in):
         file.unlink()
     other = write_study(tmp_path, options=STUDY["options"] | {"lr": 0.06}, title="Another study", percent=[0.5])
     before = {name: (tmp_path / "out" / name).read_bytes() for name in ("table.md", "table.csv", "pareto.png")}
-    status, line = fails_in(reproduce, other, "--out", tmp_path / "out", "--jobs", 1)
-    assert status == 1 and "lr 0.05" in line and "--out" in line
+    for dry in ([], ["--dry_run"]):
+        status, line = fails_in(reproduce, other, "--out", tmp_path / "out", "--jobs", 1, *dry)
+        assert status == 1 and "lr 0.05" in line and "--out" in line
     assert all((tmp_path / "out" / name).read_bytes() == content for name, content in before.items())
+
+
+def test_options_that_an_older_version_did_not_record_had_their_defaults(done, tmp_path):
+    path, out = done
+    shutil.copytree(out, tmp_path / "out")
+    for file in (tmp_path / "out").rglob("summary.json"):
+        summary = read_json(file)
+        for key in ("padding", "no_flip", "mask", "gmp", "linear"):
+            del summary["arguments"][key]
+        write_json(file, summary)
+    require_same_study(tuning_jobs(load_study(path), tmp_path / "out", "."))
+    for value in (4, 0):
+        other = load_study(write_study(tmp_path, options=STUDY["options"] | {"padding": value}))
+        with pytest.raises(ValueError, match=f"was trained with padding None, the study now says {value}"):
+            require_same_study(tuning_jobs(other, tmp_path / "out", "."))
+
+
+def test_what_was_measured_and_has_lost_its_options_is_refused(done, tmp_path):
+    path, out = done
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/none/plain/seed1/run")
+    with pytest.raises(ValueError, match="has lost its run/summary.json"):
+        require_same_study(tuning_jobs(load_study(path), tmp_path / "out", "."))
 
 
 def test_a_run_that_diverged_with_other_options_is_refused_too(tmp_path, fails_in):
@@ -303,6 +328,20 @@ def test_a_chosen_run_that_diverges_with_another_seed_is_named(done, tmp_path):
     write_report(load_study(path), tmp_path / "out", command="again")
     text = (tmp_path / "out" / "table.md").read_text()
     assert "another seed, so in no mean: HALO xi0.0001_psi0.001, seed 2." in text
+
+
+def test_the_tables_of_a_stopped_study_say_what_is_unfinished(done, tmp_path):
+    """Stopped before the second tuning seed of any method: nothing can be chosen yet."""
+    path, out = done
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/L1/xi0.0001")
+    study = load_study(write_study(tmp_path, tune_seeds=[1, 10**6 + 1]))
+    assert write_report(study, tmp_path / "out", command="again")["global"] == []
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| none | plain | unfinished |" in text and "| L1 | xi0.0001 | not run |" in text
+    assert "| L1 | xi1e+30 | diverged or failed |" in text
+    assert "seed 1 1000001 on held-out" in text and "Configurations tried" not in text
+    assert not (tmp_path / "out" / "accuracy_vs_sparsity.png").exists()
 
 
 def test_networks_that_a_stopped_measurement_left_go(done, tmp_path):
@@ -439,6 +478,9 @@ def test_grids_of_a_method_may_differ_in_their_coefficients(tmp_path):
         ({"options": {"arch": "lenet_300"}}, "arch"),
         ({"options": STUDY["options"] | {"val_split": 0}}, "val_split"),
         ({"options": STUDY["options"] | {"epoch": 3}}, "--epoch"),
+        ({"options": STUDY["options"] | {"halo": True}}, "would have the penalty halo, not none"),
+        ({"methods": {"L1": {"penalty": "compile"}}, "controls": []}, "would have the penalty none, not compile"),
+        ({"options": {"dataset": "digits", "arch": True}}, "no study file"),
         ({"extra": 1}, "extra"),
     ],
 )
@@ -505,7 +547,7 @@ def test_what_a_study_cannot_mean_is_refused_before_the_first_run(changes, says,
     assert not (tmp_path / "out").exists() and time.monotonic() - start < 20
 
 
-@pytest.mark.parametrize("text", ["[1]", "3", "{", "null"])
+@pytest.mark.parametrize("text", ["[1]", "3", "{", "null", '{"title": "a", "title": "b"}'])
 def test_a_file_that_is_no_study_is_named(text, tmp_path, fails_in):
     path = tmp_path / "small.json"
     path.write_text(text)

@@ -124,7 +124,7 @@ def _keys(rows: Sequence[Mapping], handles: list[Line2D]) -> list[Line2D]:
         lost = ", where single seeds were not kept" if any(row["n"] <= FEW for row in barred) else ""
         keys["|"] = f"± standard deviation over seeds{lost}"
     if any(any(row.get("failed", ())) for row in rows):
-        keys["x"] = "failed to learn (there the median is drawn; at the edge: below it)"
+        keys["x"] = "failed to learn, or lost it in a cut during training (the median is drawn; at the edge: below it)"
     for marker, label in keys.items():
         style = {"linestyle": "", "markeredgewidth": 1 if marker == "|" else 2, "markersize": 5 if marker == "." else 9}
         handles.append(Line2D([], [], color="black", marker=marker, label=label, **style))

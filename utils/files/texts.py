@@ -39,6 +39,19 @@ def checksum(content: dict) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """Return an object of JSON; of two equal keys Python would drop the first.
+
+    Raises:
+        ValueError: a key stands there twice.
+    """
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} stands there twice")
+    return dict(pairs)
+
+
 def parse_json(path: str | Path) -> dict:
     """Read a JSON file that holds an object, without its checksum, which is compared where there is one.
 
@@ -48,7 +61,7 @@ def parse_json(path: str | Path) -> dict:
     """
     text = read_text(path)
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, or use another copy") from error
     if not isinstance(content, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor
 from utils import options
 from utils.files.checkpoint import CheckpointError, load_checkpoint, load_weights
 from utils.plot_methods import plot_study
+from utils.run import read_json, write_json
 from utils.studies.jobs import is_trained, measure
 from utils.studies.measurements import read_log
 from utils.training.epoch import NonFiniteLossError
@@ -56,6 +58,11 @@ class HaloRun:
         return self.state["config"]["seed"]
 
     @property
+    def identity(self) -> str:
+        """SHA-256 of its log, whose times no other run has."""
+        return hashlib.sha256((self.folder / "log.csv").read_bytes()).hexdigest()
+
+    @property
     def setting(self) -> dict:
         """The options that shape its training, without the seed."""
         left_out = FREE_ON_RESUME - {"epochs"} | {"seed"}
@@ -88,6 +95,25 @@ def _check_lambdas(state: Mapping, folder: Path) -> None:
         fits = isinstance(lam, Tensor) and name in weights and lam.shape == weights[name].shape
         if not fits or not lam.is_floating_point() or not lam.isfinite().all():
             raise CheckpointError(f"{folder}/final.pth.tar holds lam that do not fit its weights: use another copy")
+
+
+def prepare(out: Path, setting: dict, runs: list[HaloRun]) -> None:
+    """Let the folder of the outputs hold the controls of one setting and of these runs only.
+
+    Raises:
+        ValueError: it holds the controls of others.
+        OSError: it cannot be written to.
+    """
+    before, own = read_json(out / "setting.json"), {str(run.seed): run.identity for run in runs}
+    known = (before or {}).pop("runs", {})  # an older version has written none
+    others = [seed for seed, identity in own.items() if known.get(seed, identity) != identity]
+    was = f"seed {others[0]} was another run" if others else ""
+    if before is not None and before != setting:
+        changed = next((key for key in before | setting if setting.get(key) != before.get(key)), "their order")
+        was = f"{changed} {before.get(changed)}, now {setting.get(changed)}"
+    if was:
+        raise ValueError(f"{out} holds the controls of other runs ({was}): choose another --save_dir")
+    write_json(out / "setting.json", setting | {"runs": known | own})
 
 
 @torch.no_grad()

@@ -34,10 +34,11 @@ def check_numbers(key: str, values: object, *, low: float, high: float = math.in
         is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or not low <= value <= high:
             _refuse(key, value, f"give {kind} {span}")
-    names = [f"{value:g}" for value in values]  # as in the names of folders and files, to six digits
+    names = [str(value) if whole else f"{value:g}" for value in values]  # as in the names of folders and files
     for name in names:
         if names.count(name) > 1:
-            _refuse(key, values, f"{name} stands there twice to six digits; leave one out")
+            digits = "" if whole else " to six digits"
+            _refuse(key, values, f"{name} stands there twice{digits}; leave one out")
 
 
 def check_grid(method: str, grid: object) -> None:

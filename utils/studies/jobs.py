@@ -179,22 +179,33 @@ def is_trained(folder: Path) -> bool:
     return all((folder / name).exists() for name in ("summary.json", "final.pth.tar"))
 
 
+def in_training(folder: Path) -> bool:
+    """Tell whether the folder of a run holds a training that is not finished, perhaps of what was measured before."""
+    run = folder / "run"
+    there = (run / "checkpoint.pth.tar").exists() or (run / "init.pth.tar").exists()
+    return there and not (run / "summary.json").exists() and not (run / "final.pth.tar").exists()
+
+
 def require_same_options(job: Job) -> None:
     """Make sure that what a folder holds, measured or not, is of this study.
 
     Raises:
-        ValueError: it was trained with other options.
+        ValueError: it was trained with other options, or was measured and does not say with which it was trained.
     """
     summary = read_summary(job.folder / "run" / "summary.json") or read_json(job.folder / "failed.json")
+    if summary is None and not in_training(job.folder) and any(job.folder.glob("*/prune.json")):
+        raise ValueError(f"{job.folder} has lost its run/summary.json: bring it back, or remove the folder")
     if not (summary or {}).get("arguments"):  # a failure of an older version
         return
     args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
     was, now = summary["arguments"], vars(args)
     free = FREE_ON_RESUME - {"epochs"} | {key for key in KEPT_ON_RESUME if None in (was.get(key), now.get(key))}
-    changed = [key for key in was if key not in free and was[key] != now.get(key)]
+    absent = {key for key in now if key not in was and (now[key] is None or now[key] is False)}  # of an older version
+    changed = [key for key in was | now if key not in free | absent and was.get(key) != now.get(key)]
     if changed:
+        key = changed[0]
         raise ValueError(
-            f"{job.folder} was trained with {changed[0]} {was[changed[0]]}, the study now says {now.get(changed[0])}: "
+            f"{job.folder} was trained with {key} {was.get(key)}, the study now says {now.get(key)}: "
             "give another --out, or remove the folder"
         )
 

@@ -61,6 +61,7 @@ def run_shard(study: Study, out: Path, data: str, workers: Workers, *, shard: Sh
     guess, tuning = committed_seconds(study), tuning_jobs(study, out, data)
     missing = missing_text(tuning, shard)
     if missing is None:
+        require_same_study(tuning)
         save_choice(study, out)
         final = final_jobs(study, out, data)
         run_phase(shard.part(final), out, workers, guess=guess, part=shard.name)
@@ -80,6 +81,7 @@ def dry_run(study: Study, out: Path, data: str, *, processes: int, shard: Shard 
     """Say what would run, of a part if there are several; return the numbers of runs."""
     guess, everything = committed_seconds(study), tuning_jobs(study, out, data)
     final_runs = final_jobs(study, out, data)
+    require_same_study([*everything, *final_runs])
     if shard:
         say(f"part {shard} of each phase:")
     tuning, final = (shard.part(jobs) if shard else jobs for jobs in (everything, final_runs))

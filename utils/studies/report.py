@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 from utils.files.atomic import write_text
-from utils.logger import duration, write_csv
+from utils.logger import duration, say, write_csv
 from utils.plot_methods import failed_to_learn, plot_pareto, plot_study
-from utils.studies.jobs import final_jobs, require_same_study, tuning_jobs
+from utils.studies.jobs import final_jobs, in_training, require_same_study, tuning_jobs
 from utils.studies.measurements import SAVED, read_measurement, read_summary
 from utils.studies.methods import Config
 from utils.studies.study import CONTROLS, Study, choose, held_out_accuracy, on_edge, run_folder
@@ -44,7 +44,7 @@ def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float
     report = read_measurement(folder / ("test" if scheme == "global" else f"test_{scheme}") / "prune.json", need=SAVED)
     result = next((r for r in (report or {"results": []})["results"] if r["asked"] == ratio), None)
     parts = [run_folder(out, part, seed) for part in (config, config.before) if part]
-    if result is None or any(map(_in_training, parts)):
+    if result is None or any(map(in_training, parts)):
         return None
     return {
         "seed": seed,
@@ -54,13 +54,6 @@ def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float
         "speedup": result["theoretical_speedup"],
         "seconds": sum(map(_seconds, parts)),
     }
-
-
-def _in_training(folder: Path) -> bool:
-    """Tell whether a network that was measured and deleted is just being trained again."""
-    run = folder / "run"
-    there = (run / "checkpoint.pth.tar").exists() or (run / "init.pth.tar").exists()
-    return there and not (run / "summary.json").exists() and not (run / "final.pth.tar").exists()
 
 
 def _seconds(folder: Path) -> float:
@@ -169,7 +162,10 @@ def _without_accuracy(study: Study, out: Path, method: str, name: str) -> str:
     """Say why a configuration has no accuracy on the held-out images."""
     runs = [run for c in study.of_method(method) if c.name == name for run in c.runs(study.percent)]
     folders = [run_folder(out, run, seed) for run in runs for seed in study.tune_seeds]
-    return "diverged or failed" if any((folder / "failed.json").exists() for folder in folders) else "not run"
+    if any((folder / "failed.json").exists() for folder in folders):
+        return "diverged or failed"
+    begun = any((folder / name).exists() for folder in folders for name in ("run/log.csv", "val/prune.json"))
+    return "unfinished" if begun else "not run"
 
 
 def held_out_points(study: Study, out: Path) -> dict[str, list[tuple[float, float]]]:
@@ -197,7 +193,7 @@ def tried(study: Study, out: Path) -> dict[str, list[int]]:
 
 
 def _numbers(values: Iterable[float]) -> str:
-    return " ".join(f"{value:g}" for value in values)
+    return " ".join(str(value) if isinstance(value, int) else f"{value:g}" for value in values)  # seeds are whole
 
 
 def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
@@ -211,7 +207,7 @@ def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
         "Top-1 in percent after pruning this fraction of the weights once, mean ± standard deviation over the seeds.",
         f"Coefficients were chosen with seed {_numbers(study.tune_seeds)} on held-out training images"
         + (f"; on the test images n = {len(seeds)} (seeds {_numbers(seeds)}){fewer}." if seeds else "."),
-        f"Configurations tried for each ratio: {_counts(study, out)}.",
+        *([f"Configurations tried for each ratio: {counts}."] if (counts := _counts(study, out)) else []),
         f"{len(seconds)} run{' was' if len(seconds) == 1 else 's were'} trained, in {duration(sum(seconds))} taken "
         "together, evaluation included.",
     ]
@@ -283,9 +279,15 @@ def write_report(study: Study, out: Path, *, command: str) -> dict:
     text += _tuning(study, out, found)
     write_text(out / "table.md", "\n".join(text))
     write_csv(out / "table.csv", [{"scheme": s} | _as_text(row) for s, of_scheme in rows.items() for row in of_scheme])
-    if rows["global"]:
-        plot_study(rows["global"], out / "accuracy_vs_sparsity.png", title=study.title)
+    figures = [out / "accuracy_vs_sparsity.png", out / "pareto.png"]
     points = held_out_points(study, out)
+    for path, there in zip(figures, (rows["global"], any(points.values())), strict=True):
+        if not there:
+            path.unlink(missing_ok=True)  # it would not be of this table
+    if rows["global"]:
+        plot_study(rows["global"], figures[0], title=study.title)
     if any(points.values()):
-        plot_pareto(points, out / "pareto.png", title=study.title)
+        plot_pareto(points, figures[1], title=study.title)
+    written = [out / "table.md", out / "table.csv", *(path for path in figures if path.exists())]
+    say(f"wrote in {out}: {', '.join(path.name for path in written)}")
     return rows

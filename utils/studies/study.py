@@ -93,7 +93,7 @@ def load_study(path: str | Path) -> Study:
         if unknown:
             raise ValueError(f"'controls' names {unknown[0]!r}, which is no method")
         _check_options(study)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no study file: {error}; correct the file") from error
     return study
 
@@ -104,6 +104,11 @@ def _check_options(study: Study) -> None:
     for config in study.configs:
         for run in filter(None, (config.before, config.at(study.percent[0]))):
             arguments = training_arguments(study, run, seed=1, folder=Path("unused"), data="data")
+            penalty = "none" if run.kind == "finetune" else run.penalty
+            if arguments.penalty != penalty:
+                raise ValueError(
+                    f"{config.method} would have the penalty {arguments.penalty}, not {penalty}: name it there"
+                )
             if not arguments.val_split:
                 raise ValueError("'options' lacks val_split: without held-out images nothing can be chosen")
         if config.before:
