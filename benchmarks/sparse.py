@@ -107,6 +107,7 @@ def main(args: argparse.Namespace) -> dict:
     for job in jobs:
         title, table = measure(*job, repeats=args.repeats, engines=engines)
         results["tables"].setdefault(title, []).append(table)  # one more run
+        results.setdefault("runs", []).append({"table": title} | results["machine"])
         print(markdown(title, table), flush=True)
         write_json(path, results)
     if args.figure:

@@ -24,7 +24,7 @@ class Arch(NamedTuple):
     linear: bool | None  # whether linear layers are penalised and pruned too; None: where there is no convolution
     depth: int | None  # what the name implies; None: the architecture has no depth to choose
     depths: tuple[int, ...] = ()  # other depths that --depth may choose
-    channels_last: bool = False  # whether a step is faster in this layout (benchmarks/run.py --only layout, gpu.py)
+    channels_last: bool = False  # whether a step is faster in this layout, as a rule (benchmarks/README.md: layouts)
     sizes: tuple[int, int | None] = (1, None)  # heights and widths that it can take, from and to
 
 
