@@ -22,7 +22,7 @@ from utils.logger import say
 from utils.paths import labels_of
 from utils.plot_methods import plot_comparison
 from utils.run import refuse_existing, run_script
-from utils.studies.measurements import accuracies_of, is_number, read_measurement
+from utils.studies.measurements import accuracies_of, in_columns, is_number, read_measurement
 
 COMPARED = ("dataset", "images", "arch", "depth")  # in which runs must agree
 
@@ -40,7 +40,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def read_report(path: str) -> tuple[dict, dict[float, float]]:
-    """Return what a run is of, and its top-1 in percent by sparsity, 0 for a network that was dense before.
+    """Return what a run is of, and its top-1 in percent by true sparsity, or as asked of a network dense before.
 
     Raises:
         ValueError: the file is missing or not written by the pruning stage.
@@ -61,14 +61,7 @@ def read_report(path: str) -> tuple[dict, dict[float, float]]:
     measured = [(report["before"], report["before"]), *((result, result["after"]) for result in report["results"])]
     if not all(is_number(cut.get("sparsity"), high=1) for cut, _ in measured):
         raise ValueError(f"{path} does not say its sparsity in numbers from 0 to 1: use another copy")
-    asked = [result["asked"] for result in report["results"]]
-    return setting, {_column(cut["sparsity"], asked): accuracy["top1"] for cut, accuracy in measured}
-
-
-def _column(sparsity: float, asked: list[float]) -> float:
-    """Return the ratio that was asked for where it is the true one to four digits, else those of the true one."""
-    near = min(asked, key=lambda ratio: abs(ratio - sparsity), default=0.0)
-    return near if abs(near - sparsity) < 5e-5 else round(sparsity, 4)
+    return setting, {cut["sparsity"]: accuracy["top1"] for cut, accuracy in measured}
 
 
 def require_alike(runs: Mapping[str, Mapping]) -> None:
@@ -135,6 +128,7 @@ def main(args: argparse.Namespace) -> dict:
     settings, runs = {}, {}
     for label, path in zip(labels, args.reports, strict=True):
         settings[label], runs[label] = read_report(path)
+    runs = in_columns(runs, args.reports)
     if not args.mixed:
         require_alike(settings)
     print_table(runs)

@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> dict:
         The content of OUT.json.
     """
     labels = args.labels or [printable(label) for label in labels_of(args.checkpoint)]
-    if len(set(labels)) != len(args.checkpoint):
+    if not len(set(labels)) == len(labels) == len(args.checkpoint):
         raise options.OptionError("give as many different --labels as there are checkpoints")
     stem = Path(args.save).with_suffix("") if Path(args.save).suffix in (".npz", ".json", ".png") else Path(args.save)
     paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("npz", "json", "png")}

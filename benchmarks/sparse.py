@@ -112,6 +112,7 @@ def main(args: argparse.Namespace) -> dict:
         write_json(path, results)
     if args.figure:
         results["sparsity"] = [row for name, n in FAMILIES.items() for row in sweep(name, repeats=n)]
+        results.setdefault("runs", []).append({"table": "sparsity"} | results["machine"])
         print(markdown("Time against sparsity, batch 64", results["sparsity"]), flush=True)
         write_json(path, results)
         plot_sparsity(results["sparsity"], folder / "sparse.png")

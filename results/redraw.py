@@ -144,11 +144,15 @@ def pareto(folder: Path, name: str) -> None:
 
 
 def study(folder: Path) -> None:
-    """Write the tables and figures of a study; the command in its table stays."""
+    """Write the tables and figures of a study; the command in its table stays.
+
+    Raises:
+        ValueError: its table has no command.
+    """
     lines = (folder / "table.md").read_text().splitlines()
     command = next((line.strip() for line in lines if line.startswith("    ")), None)
     if command is None:
-        raise ValueError("table.md has no command")
+        raise ValueError(f"{folder}/table.md has no command: use another copy")
     write_report(load_study(REPOSITORY / "results" / "studies" / f"{folder.name}.json"), folder, command=command)
 
 

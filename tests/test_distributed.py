@@ -180,6 +180,13 @@ def in_each_process(rank, port, folder):
         distributed.average_buffers_(norm)
         assert norm.running_mean.tolist() == [0.5, 0.5] and norm.num_batches_tracked == 0
 
+        norm.num_batches_tracked.fill_(3 + rank)
+        for name, whole in (("ids", torch.arange(3).expand(2, 3)), ("small", torch.ones(2, dtype=torch.uint16))):
+            norm.register_buffer(name, whole)  # of a network of one's own: the rows of the first are one memory
+        norm.register_buffer("on", torch.tensor(rank == 0))
+        distributed.average_buffers_(norm)
+        assert norm.num_batches_tracked == 3 and norm.on and norm.ids.tolist() == [[0, 1, 2]] * 2
+
         lam = {"w": torch.ones(1000)}
         distributed.require_equal(lam, "lam")
         lam["w"][7] += 1e-7 * rank  # the smallest difference there is

@@ -264,10 +264,12 @@ def test_images_in_another_order_are_not_held_out(tiny, tmp_path, fails_in):
         (other / "train/class0" / one).rename(other / "train/class0/moved.png")
         (other / "train/class0" / two).rename(other / "train/class0" / one)
         (other / "train/class0/moved.png").rename(other / "train/class0" / two)
-    networks = tmp_path / "run" / "final.pth.tar", tmp_path / "pruned0" / "pruned_0.5.pth.tar"
+    networks = tmp_path / "run" / "final.pth.tar", tmp_path / "pruned0" / "pruned_0.5.pth.tar", tmp_path / "small.halo"
     for number, network in enumerate(networks):
         prune = ["--percent", "0.5", "--overwrite", "--save_dir", tmp_path / f"pruned{number}", "--data"]
         call(cifar_prune_iterative, *prune, tiny[3], "--resume", network, "--val_split", 9)
+        if number == 0:
+            call(check_params, "--no_data", "--checkpoint", networks[1], "--compact", networks[2])
         for held_out in (9, 6):
             wrong = [*prune, other, "--resume", network, "--val_split", held_out]
             status, line = fails_in(cifar_prune_iterative, *wrong)
@@ -395,17 +397,24 @@ def test_a_network_that_had_zeros_goes_by_its_true_sparsity(network, tmp_path, c
 
 
 def test_the_same_ratio_has_one_column(network, tmp_path, capsys, fails_in):
-    """0.96875 of the weights, of all of them and again of those that are left: to four digits it is another number."""
+    """0.96875 of the weights, of all of them or half of them and 0.9375 of the rest: to four digits it is another."""
     options, model = network
-    for name, of in (("a", "nonzero"), ("b", "all")):
-        source = model if of == "nonzero" else tmp_path / "a" / "pruned_0.96875.pth.tar"
-        prune = ["--percent", 0.96875, "--of", of, "--resume", source, "--save_dir", tmp_path / name]
+    call(cifar_prune_iterative, *options, "--percent", 0.5, "--resume", model, "--save_dir", tmp_path / "half")
+    half = tmp_path / "half" / "pruned_0.5.pth.tar"
+    for name, source, ratio, of in (
+        ("a", model, 0.96875, "nonzero"),
+        ("b", half, 0.96875, "all"),
+        ("c", half, 0.9375, "nonzero"),
+    ):
+        prune = ["--percent", ratio, "--of", of, "--resume", source, "--save_dir", tmp_path / name]
         call(cifar_prune_iterative, *options, *prune)
-    files = [tmp_path / name / "prune.json" for name in ("a", "b")]
+    files = [tmp_path / name / "prune.json" for name in "abc"]
     capsys.readouterr()
-    found = call(compare_pruning, *files, "--labels", "one", "two")
-    assert capsys.readouterr().out.splitlines()[0] == "| | dense | 0.96875 |" and [*found["two"]] == [0.96875]
-    assert "different --labels" in fails_in(compare_pruning, *files, "--labels", "x", "x", "y")[1]
+    found = call(compare_pruning, *files)
+    assert capsys.readouterr().out.splitlines()[0].startswith("| | dense | 0.5 | ")
+    assert [sorted(ratios) for ratios in found.values()] == [[0, 0.96875], [0.5, 0.96875], [0.5, 0.96875]]
+    for script, option in ((compare_pruning, []), (compute_energy, ["--checkpoint"])):
+        assert "different --labels" in fails_in(script, *option, *files, "--labels", "w", "x", "y", "y")[1]
 
 
 def test_pruned_networks_that_are_not_replaced_are_named(network, tmp_path, capfd):

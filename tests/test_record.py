@@ -23,6 +23,7 @@ from utils.files.record import read_record, take_from_file
 from utils.options import OptionError
 from utils.training.augment import Loader
 from utils.training.data import load_dataset
+from utils.training.fingerprint import check_classes
 
 
 def call(script, *options):
@@ -210,6 +211,17 @@ def test_the_size_of_the_images_is_that_of_the_checkpoint(run, images, tmp_path)
     assert state["config"]["image_size"] == 24 and state["preprocessing"]["shape"] == [3, 24, 24]
 
 
+def test_classes_of_a_known_data_set_may_have_any_names(run, images):
+    """Its folders may be called 0 to 9, and torchvision's archive has names."""
+    state = load_checkpoint(run / "final.pth.tar")
+    data = load_dataset("folder", images)
+    state["class_names"] = ["a", "b", "c"]
+    with pytest.raises(CheckpointError, match="a class was called 'a' and is 'class0'"):
+        check_classes(data, state, "x")
+    state["config"]["dataset"] = "cifar10"
+    check_classes(data, state, "x")
+
+
 @pytest.mark.parametrize("name", ["final.pth.tar", "pruned/pruned_0.5.pth.tar", "small.halo"])
 @pytest.mark.parametrize("renamed", [("class0", "zebra"), ("class2", None)])
 def test_images_of_other_classes_are_refused_by_every_stage(run, images, tmp_path, fails_in, name, renamed):
@@ -222,7 +234,7 @@ def test_images_of_other_classes_are_refused_by_every_stage(run, images, tmp_pat
     stages = {
         check_params: ["--checkpoint", run / name],
         cifar_prune_iterative: ["--percent", 0.9, "--resume", run / name, "--save_dir", pruned],
-        compute_energy: ["--checkpoint", run / name, "--save", energy],
+        compute_energy: ["--checkpoint", run / name, run / "init.pth.tar", "--save", energy],
         deploy: ["--checkpoint", run / name, "--save", tmp_path / "small"],
     }
     options = ["-d", "folder", "-a", "resnet", "--depth", 8]

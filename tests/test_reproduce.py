@@ -294,9 +294,27 @@ def test_options_that_an_older_version_did_not_record_had_their_defaults(done, t
 def test_what_was_measured_and_has_lost_its_options_is_refused(done, tmp_path):
     path, out = done
     shutil.copytree(out, tmp_path / "out")
-    shutil.rmtree(tmp_path / "out/none/plain/seed1/run")
+    for name in ("run", "test"):
+        shutil.rmtree(tmp_path / "out/none/plain/seed1" / name)
+    jobs = tuning_jobs(load_study(path), tmp_path / "out", ".")
     with pytest.raises(ValueError, match="has lost its run/summary.json"):
-        require_same_study(tuning_jobs(load_study(path), tmp_path / "out", "."))
+        require_same_study(jobs)
+    (tmp_path / "out/none/plain/seed1/val").rename(tmp_path / "out/none/plain/seed1/cut")
+    require_same_study(jobs)  # stopped between its cut and its training
+    (tmp_path / "out/none/plain/seed1/cut").rename(tmp_path / "out/none/plain/seed1/val")
+    (tmp_path / "out/none/plain/seed1/run").mkdir()
+    (tmp_path / "out/none/plain/seed1/run/final.pth.tar").touch()
+    require_same_study(jobs)  # trained again, and stopped between its network and its summary
+
+
+def test_a_study_of_a_folder_of_images(images, tmp_path, jobs_here):
+    options = {"dataset": "folder", "arch": "resnet", "depth": 8, "epochs": 1, "schedule": [], "val_split": 6}
+    only = {"methods": {"none": {"penalty": "none"}}, "controls": [], "seeds": [1], "percent": [0.5]}
+    study = write_study(tmp_path, options=options, **only)
+    for _ in range(2):  # the second time it finds its checkpoint
+        run(study, "--data", images, "--out", tmp_path / "out", "--jobs", 1)
+    summary = read_json(tmp_path / "out/none/plain/seed1/run/summary.json")
+    assert summary["arguments"]["image_size"] == 32
 
 
 def test_a_run_that_diverged_with_other_options_is_refused_too(tmp_path, fails_in):
@@ -473,13 +491,13 @@ def test_grids_of_a_method_may_differ_in_their_coefficients(tmp_path):
     "changes, words",
     [
         ({"methods": {"L1": {"penalty": "l1", "grid": {"psi": [1.0]}}}, "controls": []}, "--psi does nothing"),
-        ({"methods": {"L1": {"penalty": "lasso"}}, "controls": []}, "--lasso"),
+        ({"methods": {"L1": {"penalty": "lasso"}}, "controls": []}, "none, halo, l1, ws, mcp"),
         ({"controls": ["L2"]}, "L2"),
         ({"options": {"arch": "lenet_300"}}, "arch"),
         ({"options": STUDY["options"] | {"val_split": 0}}, "val_split"),
         ({"options": STUDY["options"] | {"epoch": 3}}, "--epoch"),
         ({"options": STUDY["options"] | {"halo": True}}, "would have the penalty halo, not none"),
-        ({"methods": {"L1": {"penalty": "compile"}}, "controls": []}, "would have the penalty none, not compile"),
+        ({"methods": {"L1": {"penalty": "compile"}}, "controls": []}, "none, halo, l1, ws, mcp"),
         ({"options": {"dataset": "digits", "arch": True}}, "no study file"),
         ({"extra": 1}, "extra"),
     ],

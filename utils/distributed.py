@@ -93,7 +93,8 @@ def replicate(model: nn.Module, device: torch.device, *, skips: bool = False) ->
     Args:
         model: the network, on the device.
         device: of this process.
-        skips: whether a step may leave parameters out, others in every process; looking for them takes time.
+        skips: whether a step may leave parameters out, others in every process. Looking for them takes time, and where
+            the first step leaves none out torch says that, in a line of its own.
 
     Note:
         BatchNorm normalises with the statistics of a process's own images. Its running estimates are averaged by
@@ -124,7 +125,10 @@ def average_buffers_(model: nn.Module) -> None:
         if buffer.is_floating_point():
             sum_(buffer).div_(processes())
         else:
-            dist.broadcast(buffer, 0)
+            first = buffer.clone(memory_format=torch.contiguous_format)
+            dist.broadcast(first.view(-1).view(torch.uint8), 0)  # gloo lacks some types
+            if not torch.equal(first, buffer):
+                buffer.copy_(first)
 
 
 def gathered(value: object) -> list:

@@ -20,16 +20,8 @@ from torch import Tensor
 from utils.files.atomic import atomic_write
 from utils.files.unpack import FORMAT, LARGEST
 
-KEPT = (
-    "epoch",
-    "acc",
-    "acc_images",
-    "best_acc",
-    "config",
-    "preprocessing",
-    "class_names",
-    "pruning",
-)  # beside the state_dict
+# Beside the state_dict.
+KEPT = ("epoch", "acc", "acc_images", "best_acc", "config", "preprocessing", "class_names", "images", "pruning")
 
 _SIGN = {torch.float16: 1 << 15, torch.bfloat16: 1 << 15, torch.float32: 1 << 31, torch.float64: 1 << 63}  # -0.0
 

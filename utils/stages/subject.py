@@ -15,7 +15,7 @@ from utils.files.preprocessing import Preprocessing, unrecorded
 from utils.files.record import Record, build_recorded, read_record, take_from_file
 from utils.options import OptionError
 from utils.run import choose_device
-from utils.training.data import load_dataset
+from utils.training.data import hold_out, load_dataset
 from utils.training.dataset import Dataset
 from utils.training.fingerprint import check_classes, check_images
 from utils.training.loading import memory_format
@@ -71,11 +71,13 @@ def load_subject(
     record = read_record(state, path)
     held_out = check_held_out(state, path, val_split)
     if images and data is None:
-        data = _images(args, record, val_split=val_split)
+        known = val_split and held_out and record  # which images it was trained without
+        data = _images(args, record, val_split=0 if known else val_split)
+        if known:
+            check_images(hold_out(data, held_out), state, path, splits=("train", "val"))
+            data = hold_out(data, val_split)
+    if data is not None:
         check_classes(data, state, path)
-        if val_split and held_out:
-            split = data if val_split == held_out else _images(args, record, val_split=held_out)
-            check_images(split, state, path, splits=("train", "val"))
     classes = len(data.classes) if data else record.num_classes if record else _classes(args.dataset, state)
     model = build_recorded(args.arch, classes, args.depth, state, path)
     load_weights(model, state["state_dict"], path=path)

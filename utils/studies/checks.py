@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 
+from utils.options import PENALTIES
 from utils.studies.methods import as_list, joined
 
 MOST_CONFIGS = 10_000  # of one method; a grid beyond it is a slip, and merely listing it would take minutes
@@ -89,8 +90,8 @@ def check_kind(method: str, choice: Mapping) -> None:
     for key in choice:
         if key not in KEYS_OF_A_METHOD:
             _refuse(f"the method {method}", key, f"give {', '.join(KEYS_OF_A_METHOD)}")
-    if not isinstance(choice.get("penalty", "none"), str) or not {"penalty", "gmp", "finetune"} & {*choice}:
-        _refuse(f"the method {method}", choice, 'give it a "penalty", such as "halo" or "none"')
+    if choice.get("penalty", "none") not in [*PENALTIES] or not {"penalty", "gmp", "finetune"} & {*choice}:
+        _refuse(f"the method {method}", choice, f'give it a "penalty": {", ".join(PENALTIES)}')
     if choice.get("gmp", True) is not True:
         _refuse(f"'gmp' of {method}", choice["gmp"], "give true, or leave it out")
     if {"gmp", "finetune"} <= {*choice}:

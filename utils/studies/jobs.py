@@ -186,6 +186,13 @@ def in_training(folder: Path) -> bool:
     return there and not (run / "summary.json").exists() and not (run / "final.pth.tar").exists()
 
 
+def has_lost_its_options(folder: Path) -> bool:
+    """Tell whether the folder of a run holds its measurements, and nothing of the run that they are of."""
+    run = folder / "run"
+    begun = any((run / name).exists() for name in ("init.pth.tar", "checkpoint.pth.tar", "final.pth.tar"))
+    return not begun and any(path.parent.name != "cut" for path in folder.glob("*/prune.json"))
+
+
 def require_same_options(job: Job) -> None:
     """Make sure that what a folder holds, measured or not, is of this study.
 
@@ -193,7 +200,7 @@ def require_same_options(job: Job) -> None:
         ValueError: it was trained with other options, or was measured and does not say with which it was trained.
     """
     summary = read_summary(job.folder / "run" / "summary.json") or read_json(job.folder / "failed.json")
-    if summary is None and not in_training(job.folder) and any(job.folder.glob("*/prune.json")):
+    if summary is None and has_lost_its_options(job.folder):
         raise ValueError(f"{job.folder} has lost its run/summary.json: bring it back, or remove the folder")
     if not (summary or {}).get("arguments"):  # a failure of an older version
         return

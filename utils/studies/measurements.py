@@ -60,6 +60,25 @@ def accuracies_of(report: Mapping) -> dict[float, float]:
     return {0.0: report["before"]["top1"]} | {r["asked"]: r["after"]["top1"] for r in report["results"]}
 
 
+def in_columns(runs: Mapping[str, Mapping[float, float]], reports: Iterable[str]) -> dict[str, dict[float, float]]:
+    """Return top-1 by ratio so that equal ratios have one number.
+
+    Args:
+        runs: label to true sparsity to top-1.
+        reports: their prune.json.
+
+    Returns:
+        The same by the ratio that some report was asked for, where that is the true one to four digits, else by those.
+    """
+    asked = {ratio for path in reports for ratio in read_accuracies(path)}
+
+    def column(sparsity: float) -> float:
+        near = min(asked, key=lambda ratio: abs(ratio - sparsity))
+        return near if abs(near - sparsity) < 5e-5 else round(sparsity, 4)
+
+    return {label: {column(sparsity): top1 for sparsity, top1 in run.items()} for label, run in runs.items()}
+
+
 def read_accuracies(path: str | Path) -> dict[float, float]:
     """Return what `accuracies_of` does for a prune.json; empty without the file.
 

@@ -250,7 +250,7 @@ def _as_text(row: dict) -> dict:
 
 
 def write_report(study: Study, out: Path, *, command: str) -> dict:
-    """Write table.md, table.csv, accuracy_vs_sparsity.png and pareto.png.
+    """Write table.md, table.csv, and the figures for which there is something: see `draw_figures`.
 
     Args:
         study: its definition.
@@ -279,15 +279,27 @@ def write_report(study: Study, out: Path, *, command: str) -> dict:
     text += _tuning(study, out, found)
     write_text(out / "table.md", "\n".join(text))
     write_csv(out / "table.csv", [{"scheme": s} | _as_text(row) for s, of_scheme in rows.items() for row in of_scheme])
-    figures = [out / "accuracy_vs_sparsity.png", out / "pareto.png"]
-    points = held_out_points(study, out)
-    for path, there in zip(figures, (rows["global"], any(points.values())), strict=True):
-        if not there:
-            path.unlink(missing_ok=True)  # it would not be of this table
-    if rows["global"]:
-        plot_study(rows["global"], figures[0], title=study.title)
-    if any(points.values()):
-        plot_pareto(points, figures[1], title=study.title)
-    written = [out / "table.md", out / "table.csv", *(path for path in figures if path.exists())]
-    say(f"wrote in {out}: {', '.join(path.name for path in written)}")
+    say(f"wrote in {out}: {', '.join(['table.md', 'table.csv', *draw_figures(study, out, rows['global'])])}")
     return rows
+
+
+def draw_figures(study: Study, out: Path, rows: list[dict]) -> list[str]:
+    """Draw accuracy_vs_sparsity.png and pareto.png; remove one of an earlier table for which there is nothing now.
+
+    Args:
+        study: its definition.
+        out: folder of its outputs.
+        rows: from `final_rows`.
+
+    Returns:
+        The names of what was drawn.
+    """
+    points = held_out_points(study, out)
+    figures = {"accuracy_vs_sparsity.png": (plot_study, rows)}
+    figures["pareto.png"] = (plot_pareto, points if any(points.values()) else None)
+    for name, (draw, content) in figures.items():
+        if content:
+            draw(content, out / name, title=study.title)
+        else:
+            (out / name).unlink(missing_ok=True)
+    return [name for name, (_, content) in figures.items() if content]

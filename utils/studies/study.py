@@ -107,7 +107,7 @@ def _check_options(study: Study) -> None:
             penalty = "none" if run.kind == "finetune" else run.penalty
             if arguments.penalty != penalty:
                 raise ValueError(
-                    f"{config.method} would have the penalty {arguments.penalty}, not {penalty}: name it there"
+                    f"{config.method} would have the penalty {arguments.penalty}, not {penalty}: 'methods' name it"
                 )
             if not arguments.val_split:
                 raise ValueError("'options' lacks val_split: without held-out images nothing can be chosen")
@@ -161,6 +161,8 @@ def training_arguments(study: Study, config: Config, *, seed: int, folder: Path,
     checkpoint = folder / "run" / "checkpoint.pth.tar"
     args.resume = str(checkpoint) if checkpoint.exists() else None
     args.overwrite = args.resume is None  # the numbers of a run whose network was deleted, which is trained again
+    if args.dataset == "folder":
+        args.image_size = args.image_size or 32  # also of a run that goes on
     options.resolve(args, depth_of=resolve_depth)
     return args
 

@@ -67,19 +67,22 @@ def check_images(
 
 
 def check_classes(data: Dataset, state: Mapping, path: str | Path) -> None:
-    """Raise if the classes of some images are not those of a network; a file of others, or older, does not tell.
+    """Raise if the classes of a folder of images are not those of a network; a file of others, or older, does not tell.
+
+    Those of the data sets known by name are the same whatever their folders are called.
 
     Raises:
         CheckpointError: with what differs.
     """
-    names, now = state.get("class_names"), list(data.classes)
-    if names is not None and list(names) != now:
+    names, config, now = state.get("class_names"), state.get("config"), list(data.classes)
+    own = isinstance(config, Mapping) and config.get("dataset") == "folder"
+    if own and names is not None and list(names) != now:
         one, other = next((a, b) for a, b in zip_longest(names, now, fillvalue="missing") if a != b)
         raise _other_images(path, f"a class was called {one!r} and is {other!r}")
 
 
 def _other_images(path: str | Path, differs: str) -> CheckpointError:
-    remedy = "name the same with --data, or train a new network on these (cifar.py --start)"
+    remedy = "name the same with --data, or train a new network on these"
     return CheckpointError(f"{path} was trained on other images ({differs}): {remedy}")
 
 

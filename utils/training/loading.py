@@ -115,7 +115,7 @@ def evaluate_checkpoint(
         `loss`, `top1` and `top5` (percent), and the `epoch` of the checkpoint.
 
     Raises:
-        CheckpointError: the file is unusable or of another network.
+        CheckpointError: the file is unusable, or of another network or other classes.
     """
     state = load_checkpoint(path)
     load_weights(model, state["state_dict"], path=path)

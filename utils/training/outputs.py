@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from models import with_depth
 from utils import plot_lambda, plots
@@ -74,10 +75,15 @@ def draw_regularization(folder: Path, last: Mapping, arguments: Mapping) -> None
         plot_lambda.plot_regularization(counts, folder / "regularization.png", title=title, still=still)
 
 
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor as numpy has it: bf16, which it lacks, as fp32."""
+    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).cpu().numpy()
+
+
 def write_arrays(run: Experiment) -> tuple[np.ndarray, np.ndarray]:
     """Write the arrays that the release writes; return the penalised weights and their lam as vectors."""
-    weights = flatten(run.penalty.penalized).float().cpu().numpy()
-    lambdas = flatten(run.penalty.lambdas).float().cpu().numpy() if run.penalty.lambdas else np.empty(0, np.float32)
+    weights = _array(flatten(run.penalty.penalized))
+    lambdas = _array(flatten(run.penalty.lambdas)) if run.penalty.lambdas else np.empty(0, np.float32)
     arrays = {"conv_params": weights, "reg_params": lambdas}
     for split, key in (("train", "train"), ("test", run.held_out)):
         arrays[f"{split}_accs"] = np.array([row[f"{key}_top1"] for row in run.history])
