@@ -401,11 +401,8 @@ def test_the_same_ratio_has_one_column(network, tmp_path, capsys, fails_in):
     options, model = network
     call(cifar_prune_iterative, *options, "--percent", 0.5, "--resume", model, "--save_dir", tmp_path / "half")
     half = tmp_path / "half" / "pruned_0.5.pth.tar"
-    for name, source, ratio, of in (
-        ("a", model, 0.96875, "nonzero"),
-        ("b", half, 0.96875, "all"),
-        ("c", half, 0.9375, "nonzero"),
-    ):
+    cuts = {"a": (model, 0.96875, "all"), "b": (half, 0.96875, "all"), "c": (half, 0.9375, "nonzero")}
+    for name, (source, ratio, of) in cuts.items():
         prune = ["--percent", ratio, "--of", of, "--resume", source, "--save_dir", tmp_path / name]
         call(cifar_prune_iterative, *options, *prune)
     files = [tmp_path / name / "prune.json" for name in "abc"]
@@ -413,7 +410,7 @@ def test_the_same_ratio_has_one_column(network, tmp_path, capsys, fails_in):
     found = call(compare_pruning, *files)
     assert capsys.readouterr().out.splitlines()[0].startswith("| | dense | 0.5 | ")
     assert [sorted(ratios) for ratios in found.values()] == [[0, 0.96875], [0.5, 0.96875], [0.5, 0.96875]]
-    for script, option in ((compare_pruning, []), (compute_energy, ["--checkpoint"])):
+    for script, option in ((compare_pruning, []), (compute_energy, ["--save", tmp_path / "e", "--checkpoint"])):
         assert "different --labels" in fails_in(script, *option, *files, "--labels", "w", "x", "y", "y")[1]
 
 
