@@ -296,7 +296,7 @@ def method(**choice):
         (method(gmp=True, grid={"A": [2], "B": [1]}), "must be A < B"),
         (method(gmp=True, grid={"A": [1], "B": [5]}), "--epochs 4"),
         (method(gmp=True, grid={"gmp_epochs": [1]}), "gmp_epochs"),
-        (method(gmp=True, penalty="lasso"), "--lasso"),
+        (method(gmp=True, penalty="lasso"), "none, halo, l1, ws, mcp"),
         (method(gmp=True) | {"percent": [0, 0.5]}, "'percent' is 0"),
         (method(gmp=True) | {"controls": ["new"]}, "'controls' is 'new'"),
         (method(penalty="l1", percent=[0.5]), 'with "gmp"'),
