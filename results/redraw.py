@@ -58,6 +58,10 @@ SINGLE = {
     "results/replication/cifar10_resnet20/chosen_0.98": ("HALO/xi0.0001_psi0.0001/seed1", "cifar10_resnet20_halo_0.98"),
     "results/replication/cifar10_vgg16/chosen_0.95": ("HALO/xi1e-08_psi1e-08/seed1", "cifar10_vgg16_halo_0.95"),
     "results/replication/cifar100_resnet50/halo_1e-8": ("HALO/xi1e-08_psi1e-08/seed1", None),
+    "results/replication/cifar100_resnet50/halo_2e-6": (
+        "HALO stronger/xi2e-06_psi1e-08/seed1",
+        "cifar100_resnet50_halo_0.9",
+    ),
 }
 
 

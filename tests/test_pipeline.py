@@ -38,7 +38,7 @@ def call(script, *options):
 def command_line(script, *options, cwd=None):
     """Run a script as a user does; return what it prints."""
     process = start(*options, script=script, cwd=cwd)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=600)  # beside trainings that go first, an epoch took two minutes
     assert process.returncode == 0, errors
     return output
 
