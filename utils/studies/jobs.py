@@ -179,13 +179,6 @@ def is_trained(folder: Path) -> bool:
     return all((folder / name).exists() for name in ("summary.json", "final.pth.tar"))
 
 
-def in_training(folder: Path) -> bool:
-    """Tell whether the folder of a run holds a training that is not finished, perhaps of what was measured before."""
-    run = folder / "run"
-    there = (run / "checkpoint.pth.tar").exists() or (run / "init.pth.tar").exists()
-    return there and not (run / "summary.json").exists() and not (run / "final.pth.tar").exists()
-
-
 def has_lost_its_options(folder: Path) -> bool:
     """Tell whether the folder of a run holds its measurements, and nothing of the run that they are of."""
     run = folder / "run"

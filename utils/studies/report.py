@@ -10,7 +10,7 @@ from statistics import mean, median, stdev
 from utils.files.atomic import write_text
 from utils.logger import duration, say, write_csv
 from utils.plot_methods import failed_to_learn, plot_pareto, plot_study
-from utils.studies.jobs import final_jobs, in_training, require_same_study, tuning_jobs
+from utils.studies.jobs import final_jobs, require_same_study, tuning_jobs
 from utils.studies.measurements import SAVED, read_measurement, read_summary
 from utils.studies.methods import Config
 from utils.studies.study import CONTROLS, Study, choose, held_out_accuracy, on_edge, run_folder
@@ -44,7 +44,7 @@ def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float
     report = read_measurement(folder / ("test" if scheme == "global" else f"test_{scheme}") / "prune.json", need=SAVED)
     result = next((r for r in (report or {"results": []})["results"] if r["asked"] == ratio), None)
     parts = [run_folder(out, part, seed) for part in (config, config.before) if part]
-    if result is None or any(map(in_training, parts)):
+    if result is None or any(map(_in_training, parts)):
         return None
     return {
         "seed": seed,
@@ -54,6 +54,13 @@ def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float
         "speedup": result["theoretical_speedup"],
         "seconds": sum(map(_seconds, parts)),
     }
+
+
+def _in_training(folder: Path) -> bool:
+    """Tell whether a network that was measured and deleted is just being trained again."""
+    run = folder / "run"
+    there = (run / "checkpoint.pth.tar").exists() or (run / "init.pth.tar").exists()
+    return there and not (run / "summary.json").exists() and not (run / "final.pth.tar").exists()
 
 
 def _seconds(folder: Path) -> float:
