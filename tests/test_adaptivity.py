@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import scipy.stats
 import torch
 
 import adaptivity
@@ -75,6 +76,9 @@ def test_averaged_lam_are_one_value_a_layer_and_still_learned(runs, done):
     assert all((lam == lam.flatten()[0]).all() for lam in lambdas.values())
     assert all(lam.flatten()[0] < 1 for lam in lambdas.values())
     assert any((lam != lam.flatten()[0]).any() for lam in own.values())
+    optimizer = load_checkpoint(done[0] / "averaged" / "seed1" / "run" / "checkpoint.pth.tar")["reg_optimizer"]
+    momenta = [buffers["momentum_buffer"] for buffers in optimizer["state"].values()]
+    assert len(momenta) == len(lambdas) and all((m == m.flatten()[0]).all() for m in momenta)
 
 
 def test_later_epochs_start_from_the_end_and_leave_lam_alone(runs, done):
@@ -151,6 +155,16 @@ def test_rows_hold_every_seed_and_whether_it_learned():
     rows = adaptivity.rows_of(found, (0.9,))
     row = next(row for row in rows if row["method"] == LABELS["last_l1"] and row["ratio"] == 0.9)
     assert row["top1_seeds"] == [96.0, 10.0] and row["failed"] == [False, True] and row["top1_mean"] == 53.0
+
+
+def test_lam_is_described_over_all_layers(runs):
+    run = load_run(runs[0])
+    states = (run.state["lambdas"], run.state["state_dict"])
+    lam, weights = (torch.cat([state[name].abs().flatten() for name in run.state["lambdas"]]) for state in states)
+    found = describe_lambdas(run)
+    assert found["rank_correlation"] == pytest.approx(scipy.stats.spearmanr(lam, weights).statistic, abs=1e-6)
+    assert found["median_lambda"] == pytest.approx(lam.median().item())
+    assert found["median_strength"] == pytest.approx(1e-4 / lam.median().item() ** 2, rel=1e-3)
 
 
 def test_shares_of_the_variance_of_lam(runs):

@@ -1,11 +1,13 @@
 """The benchmarks: what they make of their times, and wrong options. They themselves are run by hand (`make bench`)."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.report import cell, markdown, overtaking
-from benchmarks.timing import rows
+from benchmarks.timing import interleave, rows
+from utils.stages import timing
 
 
 def test_ratios_are_of_neighbours_and_not_of_medians():
@@ -14,6 +16,13 @@ def test_ratios_are_of_neighbours_and_not_of_medians():
     (_, fast), (_, slower) = (rows(times, reference="plain", faster=faster) for faster in (True, False))
     assert (fast["n"], fast["ms"], fast["ratio"]) == (3, 500, 2) and slower["ratio"] == 0.5
     assert fast["ms_quartiles"] == [250, 1000]
+
+
+def test_a_time_is_that_of_one_call(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(timing, "time", clock)
+    assert interleave({"slow": lambda: setattr(clock, "now", clock.now + 3)}, repeats=2, inner=5) == {"slow": [3, 3]}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from models import build_model
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.paths import portable_path
 from utils.run import RUN_FILES, read_json
+from utils.training import loading
 from utils.training.experiment import Experiment
 
 HALO = ["--halo", "--xi", "1e-3", "--psi", "1e-3"]
@@ -84,6 +85,14 @@ def test_every_penalty_resumes_into_another_folder(tiny, tmp_path, penalty):
     if "--ws" in penalty or "--halo" in penalty:
         assert_equal_runs(tmp_path / "run", tmp_path / "second")
     assert rows(tmp_path / "run") == rows(tmp_path / "second")
+
+
+def test_seconds_are_those_of_all_epochs(tiny, tmp_path):
+    summary = train(*tiny)
+    with open(tmp_path / "run" / "log.csv", newline="") as file:
+        log = list(csv.DictReader(file))
+    assert len(log) == 2 and summary["seconds"] == pytest.approx(sum(float(row["seconds"]) for row in log))
+    assert all(float(row["images_per_second"]) >= 36 / float(row["seconds"]) for row in log)
 
 
 def test_the_log_has_both_learning_rates(tiny, tmp_path):
@@ -177,6 +186,18 @@ def test_val_split_leaves_the_test_set_alone(tiny, tmp_path, monkeypatch):
     assert summary["test_of_best"] == evaluated
 
 
+def test_batches_have_the_sizes_that_are_asked_for(tiny, monkeypatch):
+    sizes, original = {}, loading.make_loader
+
+    def watch(data, split, *args, batch_size, **kwargs):
+        sizes[split] = batch_size
+        return original(data, split, *args, batch_size=batch_size, **kwargs)
+
+    monkeypatch.setattr(loading, "make_loader", watch)
+    train(*tiny, "--epochs", 1, "--schedule", "--test_batch", 7)
+    assert sizes == {"train": 16, "test": 7}
+
+
 def test_no_test_never_reads_the_test_images(tiny, tmp_path, monkeypatch):
     from utils.training import loading
 
@@ -227,6 +248,24 @@ def test_resume_refuses_another_run(trained, tmp_path, fails, change, words):
     status, line = fails(*options)
     assert status == 1 and words in line
     assert (tmp_path / "run" / "checkpoint.pth.tar").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--train_batch", 8],
+        ["--gamma", 0.5],
+        ["--seed", 2],
+        ["--lambda_init", 0.5],
+        ["--reg_lr", 0.2],
+        ["--val_split", 3],
+    ]
+    + [["--released_lr"], ["--no_flip"]],
+    ids=lambda change: change[0],
+)
+def test_resume_refuses_every_option_that_changes_what_is_computed(trained, fails, change):
+    status, line = fails(*trained, "--epochs", 3, *change)
+    assert status == 1 and f"{change[0][2:]} " in line and "of another run" in line
 
 
 def test_resume_refuses_another_number_of_classes(trained, tmp_path, fails):

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import functional as reference
 
 from utils.training.augment import Loader, crop, flip
-from utils.training.data import load_dataset
+from utils.training.data import DATASETS, hold_out, load_dataset
 from utils.training.dataset import Dataset, Split
 
 PADDING = 4
@@ -147,6 +147,21 @@ def test_val_split_is_disjoint_and_the_same_each_time(images):
     assert torch.equal(pixels, whole.train.images.flatten(1).double().sum(1).sort().values)
     with pytest.raises(ValueError, match="36"):
         load_dataset("folder", images, val_split=36)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_has_the_preprocessing_of_the_release(name):
+    (source,) = DATASETS[name]
+    mean, std = source.preprocessing.mean, source.preprocessing.std
+    assert (mean, std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert (source.padding, source.flip) == (4, True)
+
+
+def test_the_held_out_images_are_those_of_one_seed_for_ever():
+    """Whatever the seed of the run: published accuracies and the coefficients behind them are of these images."""
+    whole = dataset(20)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(hold_out(whole, 4).val.images, whole.train.images[order[:4].sort().values])
 
 
 def test_folder_labels_and_resizing(tmp_path):

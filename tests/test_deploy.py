@@ -17,7 +17,7 @@ import compute_energy
 import deploy
 from models import build_model
 from models.widths import widths_of
-from utils import prunable_weights, prune_by_magnitude_, shrink
+from utils import plot_deploy, prunable_weights, prune_by_magnitude_, shrink
 from utils.files import load_model
 from utils.files.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.files.preprocessing import CIFAR
@@ -100,7 +100,8 @@ def test_both_forms_are_proved_and_measured(deployed):
         assert list(row) == ["dense", "shrunk", "sparse"] and row["dense"]["times_faster"] == 1
         assert all(cell["n"] == 5 and cell["ms"] > 0 for cell in row.values())
     assert lines[-1] == report["sentence"] and "at batch 3" in lines[-1] and "at batch 1." in lines[-1]
-    assert _summary([1.0, 2.0, 1.0], dense=[3.0, 4.0, 3.0])["times_faster"] == 3
+    summary = _summary([1.0, 2.0, 1.0], dense=[3.0, 4.0, 3.0])
+    assert (summary["times_faster"], summary["ms"], summary["quartiles"]) == (3, 1000, [1000, 2000])
     ratio = report["milliseconds"]["3"]["sparse"]["times_faster"]
     assert lines[-1].startswith(f"The sparse network is {ratio:.1f} times ")
     assert max(len(line) for line in lines if not line.startswith("wrote in")) <= 120
@@ -377,6 +378,25 @@ def test_compiling_is_bounded_in_time_and_may_fail(deployed, monkeypatch, capsys
     broken = compiler.Compiler(model)
     assert broken.compile(x) is None and broken.compile(x) is None
     assert capsys.readouterr().err.count("inductor fell over") == 1
+
+
+def test_an_export_that_computes_something_else_is_not_written(deployed, tmp_path, monkeypatch, fails_in):
+    original = stage.export.run_pt2
+    monkeypatch.setattr(stage.export, "run_pt2", lambda *arguments: original(*arguments) + 0.1)
+    options = ["--checkpoint", deployed[1] / "pruned.pth.tar", "--save", tmp_path / "small", "--no_data"]
+    code, line = fails_in(deploy, *options, *QUICK)
+    assert code == 1 and "torch.export computes something else" in line and list(tmp_path.iterdir()) == []
+
+
+def test_the_figure_has_milliseconds_an_image(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot_deploy, "save_figure", lambda figure, path: drawn.append(figure))
+    report = {"layers": [{"name": "conv1", "channels": 16, "kept": 5}], "arch": "resnet", "depth": 20}
+    report |= {"milliseconds": {"1": {"dense": {"ms": 3.0}}, "64": {"dense": {"ms": 64.0}}}, "sentence": "Fast."}
+    plot_deploy.plot_deploy(report | {"dataset": "digits", "sparsity": 0.5, "hardware": "a processor"}, "unused.png")
+    speed, widths = drawn[0].axes
+    assert speed.lines[0].get_xydata().tolist() == [[1, 3], [64, 1]]
+    assert [bar.get_width() for bar in widths.patches] == [16, 5]
 
 
 @pytest.mark.parametrize("form", ["shrink", "SparseNetwork"])

@@ -520,6 +520,16 @@ def test_decoupled_from_adamw_the_pull_is_what_the_penalty_says():
         torch.testing.assert_close(lam.detach(), 1 + 0.05 * 2 * 0.3 * plain.abs(), rtol=0, atol=1e-6)
 
 
+def test_decoupled_pulls_with_the_learning_rate_of_each_group():
+    fast, slow = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [fast], "lr": 0.1}, {"params": [slow], "lr": 0.01}])
+    pull = DecoupledLambdaSGD(L1({"fast": fast, "slow": slow}, xi=1.0), weights=optimizer, lr=0.0)
+    fast.grad, slow.grad = torch.zeros(3), torch.zeros(3)
+    pull.step()
+    optimizer.step()
+    assert fast.tolist() == pytest.approx([0.9] * 3) and slow.tolist() == pytest.approx([0.99] * 3)
+
+
 @pytest.mark.parametrize("order", ["often", "scaled"])
 def test_decoupled_no_order_is_wrong(order):
     assert_same(decoupled_loop(order), decoupled_loop("once"), rtol=1e-5, atol=1e-6)

@@ -14,8 +14,10 @@ import mnist.mnist
 from utils import HALO, L1, FixedZeros, GradualPruning, LambdaSGD
 from utils.files.checkpoint import load_checkpoint
 from utils.halo.gradual import cubic_sparsity
+from utils.halo.lambda_sgd import FusedHALO
 from utils.training import experiment as experiment_module
 from utils.training import state as state_module
+from utils.training import zeros as zeros_module
 from utils.training.epoch import smallest_lambda
 
 GMP, EPOCHS = ["--gmp", 0.9, "--schedule", 3, "--train_batch", 24], ["--gmp_epochs", 0.1, 3]
@@ -187,6 +189,15 @@ def test_a_stopped_run_is_the_same_and_ends_with_the_exact_count(tmp_path, monke
     assert_positive_zeros(state["state_dict"], masks)
     assert_positive_zeros(momenta(state), masks)
     assert all(torch.equal(state["zeros"]["masks"][n], m) for n, m in masks.items()) and not state["zeros"]["aside"]
+
+
+def test_a_run_with_halo_tells_it_of_lam(tmp_path, monkeypatch):
+    """Else a weight that returns meets a lam that fell meanwhile, and a strength without bound."""
+    made = []
+    monkeypatch.setattr(zeros_module, "GradualPruning", lambda *a, **k: made.append(k) or GradualPruning(*a, **k))
+    lenet(*GMP, *EPOCHS, "--halo", "--epochs", 3, "--save_dir", tmp_path / "run")
+    assert {"fc1.weight", "fc2.weight", "fc3.weight"} <= {*made[0]["lambdas"]}
+    assert isinstance(made[0]["lam_optimizer"], FusedHALO)
 
 
 @pytest.mark.parametrize("epochs", [(1.995, 2), (0.001, 0.002)])

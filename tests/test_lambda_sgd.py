@@ -9,6 +9,7 @@ from conftest import train
 from test_penalties import random_params, randomize
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models import build_model
 from utils import HALO, L1, SWS, penalized_parameters
@@ -297,16 +298,20 @@ def test_each_continues_the_state_of_the_other(first, second):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remember the largest tensor that an operation returns in memory of its own."""
+    """Remember the largest tensor that an operation returns, alone or in a list, in memory of its own."""
 
     numel = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        old = [a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)]
-        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in old:
-            self.numel = max(self.numel, result.numel())
+        old = {tensor.untyped_storage().data_ptr() for tensor in self.tensors((args, kwargs))}
+        new = [t.numel() for t in self.tensors(result) if t.untyped_storage().data_ptr() not in old]
+        self.numel = max(self.numel, *new, 0)
         return result
+
+    @staticmethod
+    def tensors(tree):
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 @pytest.mark.parametrize("kernel", [True, False])

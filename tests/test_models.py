@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models import CIFAR_ARCHS, MNIST_ARCHS, build_model, guess_arch, resolve_depth
 from utils import penalized_parameters, prunable_weights
@@ -64,6 +65,25 @@ def test_forward_and_layer_count(arch):
     if "vgg" in arch:  # the classifier is one layer here, three in the original
         assert len(prunable_weights(model)) == int(name.removesuffix("_bn")[3:]) - 3
         assert any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == name.endswith("_bn")
+
+
+@torch.no_grad()
+def test_outputs_equal_the_layers_called_by_hand():
+    torch.manual_seed(0)
+    images, digits = torch.randn(2, 3, 32, 32), torch.randn(2, 1, 28, 28)
+    vgg, lenet = build_model("vgg16_bn", 10).eval(), build_model("lenet_5", 10).eval()
+    torch.testing.assert_close(vgg(images), vgg.classifier(vgg.features(images).mean((2, 3))))
+    pooled = F.max_pool2d(lenet.conv2(F.max_pool2d(lenet.conv1(digits).relu(), 2)).relu(), 2)
+    torch.testing.assert_close(lenet(digits), lenet.fc3(lenet.fc2(lenet.fc1(pooled.flatten(1)).relu()).relu()))
+
+
+def test_vgg_classifies_with_small_weights_at_first():
+    assert build_model("vgg16_bn", 100).classifier.weight.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_bottlenecks_stride_in_their_3x3_convolution():
+    block = build_model("resnet", 10, 56).layer2[0]
+    assert (block.conv1.stride, block.conv2.stride, block.conv3.stride) == ((1, 1), (2, 2), (1, 1))
 
 
 WRONG = [("vgg16_bn", 50), ("resnet", 9), ("resnet", 2), ("resnet", 62), ("lenet9", None)]

@@ -25,7 +25,7 @@ from utils.files.archive import write_npz
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.halo.pruning import SCHEMES
 from utils.run import write_json
-from utils.stages.energy import POOLS, layer_energies
+from utils.stages.energy import POOLS, components, effective_rank, layer_energies
 from utils.stages.prune import recalibrate_batch_norm
 from utils.training.data import load_dataset
 from utils.training.loading import make_loader
@@ -193,6 +193,56 @@ def test_pruning_on_held_out_images_reads_no_others(network, tmp_path, monkeypat
     assert seen == [("val", 9)] and report["images"] == "val"
 
 
+def test_every_file_of_pruning_holds_the_numbers_of_the_report(network, tmp_path):
+    options, model = network
+    ratios = [0.5, 0.7, 0.8, 0.9, 0.95, 0.99]
+    prune = ["--recalibrate_bn", 36, "--test_batch", 36, "--percent", *ratios, "--save_dir", tmp_path]
+    report = call(cifar_prune_iterative, *options, *prune, "--resume", model)
+    with open(tmp_path / "accuracy_vs_sparsity.csv", newline="") as file:
+        rows = [{key: float(row[key] or "nan") for key in row} for row in csv.DictReader(file)]
+    before, after, fresh = (
+        [result[key] for result in results]
+        for results, key in (([report], "before"), (report["results"], "after"), (report["results"], "recalibrated"))
+    )
+    assert [row["top1"] for row in rows] == pytest.approx([one["top1"] for one in before + after])
+    assert [row["loss"] for row in rows] == pytest.approx([one["loss"] for one in before + after])
+    assert [row["top1_recalibrated"] for row in rows[1:]] == pytest.approx([one["top1"] for one in fresh])
+    assert [one["top1"] for one in after] != [one["top1"] for one in fresh]
+    for ratio, one, other in zip(ratios, after, fresh, strict=True):
+        plain, calibrated = (
+            load_checkpoint(tmp_path / f"pruned_{ratio}{end}.pth.tar") for end in ("", "_recalibrated")
+        )
+        assert (plain["acc"], calibrated["acc"]) == (one["top1"], other["top1"])
+        assert plain["best_acc"] == load_checkpoint(model)["best_acc"]
+    lines = (tmp_path / "prune.txt").read_text().splitlines()
+    for layer in report["results"][0]["layers"]:
+        line = next(line for line in lines if line.startswith(f"{layer['name']} "))
+        assert line.split()[1:3] == [str(layer["total"]), str(layer["remaining"])]
+
+
+def test_a_ratio_is_measured_as_if_it_were_the_only_one(network, tmp_path):
+    """Recalibrated statistics of one ratio leave no trace in the next, and are those the accuracy is measured with."""
+    options, model = network
+    prune = ["--recalibrate_bn", 36, "--test_batch", 36, "--resume", model]
+    both, alone = (
+        call(cifar_prune_iterative, *options, *prune, "--percent", *ratios, "--save_dir", tmp_path / name)["results"]
+        for name, ratios in (("both", (0.5, 0.9)), ("alone", (0.9,)))
+    )
+    assert both[1]["after"] == alone[0]["after"]
+    checked = call(check_params, *options, "--checkpoint", tmp_path / "alone" / "pruned_0.9_recalibrated.pth.tar")
+    assert checked["test"]["loss"] == pytest.approx(alone[0]["recalibrated"]["loss"], rel=1e-6)
+
+
+def test_another_seed_removes_other_weights_at_random(network, tmp_path):
+    options, model = network
+    masks = []
+    for seed in (1, 2):
+        prune = ["--percent", 0.5, "--scheme", "random", "--seed", seed, "--save_dir", tmp_path / str(seed)]
+        call(cifar_prune_iterative, *options, *prune, "--resume", model)
+        masks.append(load_checkpoint(tmp_path / str(seed) / "pruned_0.5.pth.tar")["state_dict"]["conv1.weight"] == 0)
+    assert not torch.equal(*masks)
+
+
 def test_pruning_a_pruned_file_composes(network, tmp_path):
     options, model = network
     call(cifar_prune_iterative, *options, "--percent", "0.5", "--resume", model, "--save_dir", tmp_path / "a")
@@ -329,7 +379,10 @@ def test_energy_files(network, tmp_path, capsys):
     assert line.split() == " ".join(["conv1 16 channels:", *counts, rank]).split() and len(counts) == 4
     with np.load(tmp_path / "e.npz", allow_pickle=False) as arrays:
         assert list(arrays)[:2] == ["conv1", "layer1.0.conv1"] and len(list(arrays)) == 9
-        for energy in arrays.values():
+        for name, energy in arrays.items():
+            whole = torch.from_numpy(energy)
+            assert layers[name]["components"] == components(whole)
+            assert layers[name]["effective_rank"] == pytest.approx(effective_rank(whole))
             assert energy.sum() == pytest.approx(1) and (np.diff(energy) <= 0).all()
     report = json.loads((tmp_path / "e.json").read_text())
     assert report["split"] == "test" and report["pool"] == "max"

@@ -157,6 +157,12 @@ def test_a_failed_run_is_left_to_the_median():
     assert middle(row("L1", 0.9, [97.0, 99.0, 98.6])) == pytest.approx(98.2)
 
 
+def test_bars_are_one_standard_deviation():
+    values = [50.0, 52.0, 54.0, 56.0, 58.0]
+    spread = float(np.std(values, ddof=1))
+    assert extent(row("a", 0.9, values)) == pytest.approx([54, 54 - spread, 54 + spread])
+
+
 def test_bars_end_at_0_and_100():
     assert max(extent(row("a", 0.9, [99.9, 99.9, 99.9, 90, 99.9]))) == 100
     assert min(extent(row("a", 0.9, [1, 1, 30, 1, 1]))) == 0
@@ -190,8 +196,9 @@ def test_study_draws_seeds_where_they_belong_and_the_close_up_holds_the_title(fi
     whole, close = drawn.axes
     points = np.concatenate([line.get_xydata() for line in whole.lines if len(line.get_xydata())])
     assert points[:, 1].min() >= 0 and points[:, 1].max() <= 100
-    for method in METHODS:
+    for method in {r["method"] for r in rows}:
         lines = [line for line in whole.lines if line.get_label() == method]
+        assert lines[0].get_ydata().tolist() == [middle(r) for r in rows if r["method"] == method]
         for line in lines:
             assert line.get_color() == METHODS[method][0]
             np.testing.assert_allclose(line.get_xdata(), [1 - ratio for ratio in RATIOS])
@@ -250,6 +257,8 @@ def test_a_pruned_network_begins_before_pruning(figure, figures, recalibrated):
     lines = {line.get_label(): line.get_xydata() for line in drawn.axes[0].lines}
     np.testing.assert_allclose(lines["pruned"], [[1, 92], [0.5, 89.5], [0.01, 89.01]])
     assert ("pruned, BatchNorm recalibrated" in lines) == recalibrated
+    if recalibrated:
+        np.testing.assert_allclose(lines["pruned, BatchNorm recalibrated"], [[0.5, 91], [0.01, 91]])
     assert drawn._suptitle.get_text().endswith("cifar10, resnet 20, global pruning")
 
 
@@ -300,6 +309,23 @@ def test_the_penalty_has_an_axis_of_its_own(figure):
     assert len(figure(plots.plot_curves, history(0), title="run").axes) == 3
 
 
+def test_curves_are_what_their_names_say(figure):
+    rows = history(0)
+    for row in rows:
+        row["reg_lr"] = 0.3
+    drawn = figure(plots.plot_curves, rows, title="run").axes
+    lines = [{line.get_label(): [*line.get_ydata()] for line in axes.lines} for axes in drawn]
+    assert lines[0] == {"train": [r["train_loss"] for r in rows], "val": [r["val_loss"] for r in rows]}
+    assert lines[1] == {"train": [91.0, 92.0, 93.0], "val": [90.0, 91.0, 92.0]}
+    assert lines[2] == {"weights": [0.1] * 3, "lam": [0.3] * 3}
+
+
+def test_bars_of_layers_are_what_is_zero_and_what_is_left(figure):
+    drawn = figure(plots.plot_layers, [{"name": "conv1.weight", "sparsity": 0.75}], title="run")
+    widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in drawn.axes[0].containers}
+    assert list(widths.values()) == [[0.75], [0.25]], widths
+
+
 def test_histograms_count_every_weight():
     random = np.random.default_rng(1)
     weights = np.append(random.normal(size=999) * 1e-3, [0.0, 1e-12]).astype(np.float32)
@@ -342,6 +368,18 @@ def test_regularization_is_readable_whatever_lam_spans(figure, spread):
     assert low == pytest.approx(lambdas.min(), rel=1e-6) and high == pytest.approx(lambdas.max(), rel=1e-6)
     if spread == 3.0:
         assert "lam at rest: where its gradient is zero" in drawn.legends[0].get_texts()[0].get_text()
+        (line,) = drawn.axes[2].lines
+        w, lam = line.get_data()
+        np.testing.assert_allclose(lam**3 * 1e-4, 2e-4 * w)
+
+
+def test_lam_against_weights_has_the_weights_below(figure):
+    weights = np.geomspace(1e-4, 1, 500)
+    counts = plot_lambda.histograms(weights, np.where(weights < 0.01, 0.1 + weights, 0.1001))
+    drawn = figure(plot_lambda.plot_regularization, counts, title="t", still=(1e-4, 1e-4, 0.0))
+    (mesh,) = drawn.axes[2].collections
+    assert np.array_equal(mesh.get_array().filled(0).reshape(counts["both"].T.shape), counts["both"].T)
+    assert not np.array_equal(counts["both"], counts["both"].T)
 
 
 NETWORK = {
@@ -355,6 +393,8 @@ def test_energy_of_one_network_is_a_table_of_layers(figure):
     assert_readable(drawn)
     texts = [text.get_text() for text in drawn.axes[0].texts]
     assert len(texts) == 14 * 4 and "50%  (256)" in texts
+    four = {"conv": {"channels": 4, "components": {"50%": 1, "90%": 2, "95%": 3, "99%": 4}}}
+    assert "75% (a)" in figure(plots.plot_energy, {"a": four}, pool="max")._suptitle.get_text()
 
 
 def test_energy_of_networks_is_a_panel_a_layer(figure):
@@ -364,6 +404,15 @@ def test_energy_of_networks_is_a_panel_a_layer(figure):
     assert marks[0].get_xydata().tolist() == [[1 / 512, 0.5], [40 / 512, 0.9], [90 / 512, 0.95], [0.5, 0.99]]
     colours = {METHODS["HALO"][0], METHODS["none"][0]}
     assert {line.get_color() for line in drawn.axes[0].lines} == colours
+
+
+def test_energy_is_drawn_as_its_running_sum(figure):
+    four = {"conv": {"channels": 4, "components": {"50%": 1, "90%": 2, "95%": 3, "99%": 4}}}
+    energies = {name: {"conv": np.array([0.6, 0.3, 0.06, 0.04])} for name in "ab"}
+    drawn = figure(plots.plot_energy, {"a": four, "b": four}, pool="max", energies=energies)
+    sums = [line.get_ydata() for line in drawn.axes[0].lines if len(line.get_ydata()) == 5]
+    assert len(sums) == 2
+    np.testing.assert_allclose(sums, [[0, 0.6, 0.9, 0.96, 1]] * 2)
 
 
 def redraw():

@@ -102,6 +102,15 @@ def test_random_depends_on_the_seed_and_spares_nothing():
     assert gone.max() > random_weights()["a"].abs().median()
 
 
+@pytest.mark.parametrize("scheme", ["random", "shuffle"])
+def test_what_is_zero_already_is_not_removed_again(scheme):
+    layers = random_weights()
+    prune_by_magnitude_(layers, 0.5)
+    before, total = zeros(layers), sum(w.numel() for w in layers.values())
+    SCHEMES[scheme](layers, 0.5, generator=torch.Generator().manual_seed(1))
+    assert zeros(layers) == before + round((total - before) * 0.5)
+
+
 def test_channels_last_weights_are_pruned_in_place():
     w = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     plain, strided = {"w": w.clone()}, {"w": w.clone(memory_format=torch.channels_last)}

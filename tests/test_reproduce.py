@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from utils.studies import executors
 from utils.studies.jobs import jobs_before, require_same_study, tuning_jobs
 from utils.studies.measurements import read_accuracies, read_seconds
 from utils.studies.progress import Progress, committed_seconds, to_come
-from utils.studies.report import tried, write_report
+from utils.studies.report import final_rows, held_out_points, tried, write_report
 from utils.studies.study import choose, held_out_accuracy, load_study, on_edge, run_folder
 
 STUDY = {
@@ -111,6 +112,64 @@ def test_table_holds_mean_and_spread_of_what_was_measured(done):
     assert {r["scheme"] for r in rows if r["method"] == "L1"} == {"global"}
     for name in ("accuracy_vs_sparsity.png", "pareto.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_measured_is_what_its_folder_says(done):
+    measured = list(done[1].glob("*/*/seed*/*/prune.json"))
+    assert len({path.parent.name for path in measured}) == 5  # val, test, and test with three schemes
+    for path in measured:
+        images, _, scheme = path.parent.name.partition("_")
+        report = read_json(path)
+        assert (report["images"], report["scheme"]) == (images, scheme or "global"), path
+
+
+def halo_at(out, ratio):
+    """Return what the two seeds of HALO have on the test images before the cut and at one ratio."""
+    reports = [read_json(path) for path in sorted(out.glob("HALO/*/seed*/test/prune.json"))]
+    cut = [next(result for result in report["results"] if result["asked"] == ratio) for report in reports]
+    return [report["before"]["top1"] for report in reports], cut
+
+
+def test_every_column_holds_what_its_header_says(done):
+    out = done[1]
+    before, cut = halo_at(out, 0.95)
+    after = [result["after"]["top1"] for result in cut]
+    with open(out / "table.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["scheme"], row["method"]) == ("global", "HALO")]
+    row = next(row for row in rows if row["ratio"] == "0.95")
+    values = {"dense_mean": mean(before), "dense_std": stdev(before), "top1_mean": mean(after)}
+    columns = {"speedup": "theoretical_speedup", "compression": "compression_ratio"}
+    values |= {column: mean(result[key] for result in cut) for column, key in columns.items()}
+    assert {key: float(row[key]) for key in values} == pytest.approx(values)
+    text = (out / "table.md").read_text()
+    (cells,) = [line.split(" | ") for line in text.splitlines() if line.startswith("| HALO | 0.95 |")]
+    assert cells[4].startswith(f"{mean(before):.2f} ±") and cells[5].startswith(f"{mean(after):.2f} ±")
+    tested = text.split("## On the test images")[1].split("\n\n")[1].splitlines()
+    assert tested[0] == "| | 0.5 | 0.95 |"
+    assert next(line for line in tested if line.startswith("| HALO |")).split(" | ")[2].startswith(f"{mean(after):.2f}")
+    tuned = read_json(out / "none/plain/seed1/val/prune.json")
+    tuned = [tuned["before"]["top1"], *(result["after"]["top1"] for result in tuned["results"])]
+    assert f"| none | plain | {' | '.join(f'{top1:.2f}' for top1 in tuned)} |" in text
+    seconds = [read_json(path)["seconds"] for path in out.glob("*/*/seed*/run/summary.json")]
+    assert f"in {duration(sum(seconds))} taken together" in text
+
+
+def test_the_pareto_figure_has_what_is_left_of_the_arithmetic(done):
+    tuned = read_json(done[1] / "none/plain/seed1/val/prune.json")
+    expected = [(1.0, tuned["before"]["top1"])]
+    expected += [(1 / result["theoretical_speedup"], result["after"]["top1"]) for result in tuned["results"]]
+    points = held_out_points(load_study(done[0]), done[1])["none"]
+    assert [pytest.approx(point) for point in points] == expected
+
+
+def test_a_run_that_was_at_chance_before_its_cut_has_failed(done, tmp_path):
+    out = shutil.copytree(done[1], tmp_path / "out")
+    path = out / "none/plain/seed2/test/prune.json"
+    report = read_json(path)
+    report["before"]["top1"] = 10.0
+    write_json(path, report)
+    rows = [row for row in final_rows(load_study(done[0]), out) if row["method"] == "none"]
+    assert [row["failed"] for row in rows] == [[False, True]] * 2
 
 
 def test_again_runs_nothing(done, capsys):

@@ -4,13 +4,15 @@ import fcntl
 import os
 import pty
 import re
+import select
 import shlex
 import struct
+import subprocess
 import sys
 import termios
 
 import pytest
-from conftest import start, train
+from conftest import ROOT, start, train
 
 from models import build_model
 from utils import logger, penalized_parameters
@@ -155,6 +157,16 @@ def test_the_first_lines_come_before_anything_slow(tiny, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train(*tiny, "--halo")
     assert [line.split()[0] for line in said] == ["data", "network", "compute"]
+
+
+def test_a_line_reaches_a_pipe_at_once():
+    """Whatever buffers a pipe: who follows `... | tee run.log` sees each epoch when it is done."""
+    code = "import time; from utils.logger import say; say('done'); time.sleep(600)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, env=environment) as process:
+        ready, _, _ = select.select([process.stdout], [], [], 300)
+        process.kill()
+    assert ready
 
 
 def test_time_left_counts_the_epochs_to_come(tiny):
