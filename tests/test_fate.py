@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import halo
-from utils.halo.fate import FOLLOWED
+from utils.halo.fate import FOLLOWED, Steps
 from utils.halo.guard import WATCHED_STEPS
 
 X, Y = torch.randn(8, 3, 6, 6), torch.arange(8) % 2
@@ -104,6 +105,70 @@ def test_what_looks_like_it_and_is_right_goes_on(make, between):
         between(model, optimizer, lam_optimizer)
 
 
+def test_a_penalty_that_is_decoupled_may_rest_for_some_steps():
+    """It takes its gradient out again, so that there is none that could be lost."""
+    model, *_, penalty, _ = parts()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    lam_optimizer = halo.DecoupledLambdaSGD(penalty, weights=optimizer, lr=0.1)
+    for step in range(2 * WATCHED_STEPS):
+        optimizer.zero_grad()
+        backward(model)
+        if step % 3:
+            lam_optimizer.step()
+        optimizer.step()
+
+
+class Equal(TorchDispatchMode):
+    """Count the operations that compare values, for which the host waits."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.equal.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_no_value_is_compared_in_a_loop_of_torchs_optimizers(fused, set_to_none):
+    """Nor is a step of learning rate zero, which leaves the values as they are, taken for none."""
+    model, optimizer, _, lam_optimizer = parts(fused=fused)
+    optimizer.param_groups[0]["lr"] = 0.0
+    with Equal() as compared:
+        for _ in range(2 * WATCHED_STEPS):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            backward(model)
+            lam_optimizer.step()
+            optimizer.step()
+    assert compared.count == 0
+
+
+class Foreign:
+    """An optimizer that is none of torch's, and steps without a new version."""
+
+    def __init__(self, params):
+        self.params = [*params]
+
+    def step(self):
+        for w in self.params:
+            w.data.sub_(w.grad, alpha=0.1)
+            w.grad.zero_()
+
+
+def test_an_optimizer_that_is_none_of_torchs_is_seen_by_its_values():
+    model, _, _, lam_optimizer = parts()
+    optimizer = Foreign(model.parameters())
+    for _ in range(3):
+        backward(model)
+        lam_optimizer.step()
+        optimizer.step()
+    backward(model)
+    lam_optimizer.step()
+    with pytest.raises(ValueError, match="a backward pass was added"):
+        backward(model)
+        lam_optimizer.step()
+
+
 def test_nothing_is_followed_after_some_steps_nor_for_a_penalty_that_is_gone():
     gc.collect()
     model, optimizer, penalty, lam_optimizer = parts()
@@ -112,7 +177,7 @@ def test_nothing_is_followed_after_some_steps_nor_for_a_penalty_that_is_gone():
     assert len(FOLLOWED) == before + 1
     for _ in range(WATCHED_STEPS):
         correct(model, optimizer, lam_optimizer)
-    assert len(FOLLOWED) == before
+    assert {type(one) for one in FOLLOWED if one.w in {*model.parameters()}} == {Steps}
     assert not any(w._post_accumulate_grad_hooks for w in penalty.penalized.values())
     model, optimizer, penalty, lam_optimizer = parts()
     correct(model, optimizer, lam_optimizer)

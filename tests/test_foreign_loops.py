@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -528,6 +529,63 @@ def test_decoupled_pulls_with_the_learning_rate_of_each_group():
     pull.step()
     optimizer.step()
     assert fast.tolist() == pytest.approx([0.9] * 3) and slow.tolist() == pytest.approx([0.99] * 3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(L1, xi=0.1), partial(MCP, xi=0.1, psi=2.0), partial(HALO, xi=0.1, psi=0.1)],
+    ids=["l1", "mcp", "halo"],
+)
+@pytest.mark.parametrize("way", ["add_grad_", "decoupled"])
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_penalty_in_the_loss_and_beside_it_would_count_twice(make, way, set_to_none):
+    """Also one that learns nothing; in one way alone it may be in the loss, and change its way later."""
+    model = network()
+    penalty, optimizer = make(penalized_parameters(model)), torch.optim.SGD(model.parameters(), 0.01)
+    beside = DecoupledLambdaSGD(penalty, weights=optimizer, lr=0.1) if way == "decoupled" else None
+
+    def step(*, in_loss, apart):
+        loss = loss_of(model) + (penalty() if in_loss else 0)
+        loss.backward()
+        if apart:
+            beside.step() if beside else penalty.add_grad_()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        penalty.zero_grad()
+
+    for in_loss in (True, True, False, False, True):
+        step(in_loss=in_loss, apart=not in_loss)
+    with pytest.raises(ValueError, match="hold the penalty already, by the loss"):
+        step(in_loss=True, apart=True)
+
+
+@pytest.mark.parametrize("make", [LambdaSGD, FusedHALO])
+def test_a_state_of_another_layout_is_continued_and_of_another_shape_refused(make):
+    weights, results = torch.rand(4, 3, 3, 3) + 0.1, []
+    gradient = torch.rand(4, 3, 3, 3)
+
+    def begin(layout, shape=weights.shape):
+        w = nn.Parameter(weights.expand(shape).contiguous(memory_format=layout))
+        return w, make(HALO({"w": w}, xi=0.5, psi=0.1), **FACTORS)
+
+    def run(w, optimizer):
+        for _ in range(3):
+            w.grad = gradient.contiguous(memory_format=torch.channels_last).clone()
+            optimizer.step()
+        return optimizer.penalty
+
+    for layout in (torch.contiguous_format, torch.channels_last):
+        penalty = run(*(first := begin(torch.contiguous_format)))
+        w, optimizer = begin(layout)
+        optimizer.penalty.load_state_dict(penalty.state_dict())
+        optimizer.load_state_dict(first[1].state_dict())
+        results.append(run(w, optimizer).lambdas["w"].detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+    other = torch.optim.SGD([nn.Parameter(torch.ones(1, 1, 3, 3))], 0.1, momentum=0.9)
+    other.param_groups[0]["params"][0].grad = torch.ones(1, 1, 3, 3)
+    other.step()
+    with pytest.raises(ValueError, match=r"momentum of shape \(1, 1, 3, 3\), not \(4, 3, 3, 3\)"):
+        begin(torch.contiguous_format)[1].load_state_dict(other.state_dict())
 
 
 @pytest.mark.parametrize("order", ["often", "scaled"])

@@ -8,6 +8,7 @@ import torch
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from .guard import require_current
 from .lambda_sgd import LambdaSGD
 from .penalties import Penalty
 
@@ -84,11 +85,13 @@ class DecoupledLambdaSGD(LambdaSGD):
         if not self._asked:
             return
         self._asked = False
+        self.penalty.require_absent("the loss")
+        require_current(self.penalty.penalized)
         of_loss = {w: w.grad for w in self.penalty.penalized.values()}
         for w in of_loss:
             w.grad = None
         try:
-            self.penalty.add_grad_()
+            self.penalty.fill_grad_()
             for group in weights.param_groups:
                 for w in group["params"]:
                     if w in of_loss and w.grad is not None:

@@ -6,47 +6,92 @@ import weakref
 from functools import cache
 
 from torch import Tensor
+from torch._C import _current_graph_task_id
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-FOLLOWED: weakref.WeakSet[Fate] = weakref.WeakSet()
+FOLLOWED: weakref.WeakSet[Steps] = weakref.WeakSet()
 
 
-class Fate:
-    """Follows the gradient of one weight from the moment that a penalty was added to it, until `end()`.
+class Steps:
+    """Notices whether an optimizer steps a weight, from the moment that this is made.
 
     Args:
-        w: the weight; it has its gradient.
+        w: the weight.
+
+    Attributes:
+        taken: one did, with whatever gradient.
+    """
+
+    def __init__(self, w: Tensor) -> None:
+        self.w, self.taken, self._handle = w, False, None
+        FOLLOWED.add(self)
+
+    def end(self) -> None:
+        """Follow it no longer."""
+        if self._handle:
+            self._handle.remove()
+        FOLLOWED.discard(self)
+
+    def look(self, optimizer: Optimizer) -> None:
+        """Look at what this optimizer has just stepped."""
+        if any(p is self.w for group in optimizer.param_groups for p in group["params"]):
+            self.taken = True
+            self._look_closely()
+
+    def _look_closely(self) -> None:
+        """Look at more than that there was a step."""
+
+
+class Entry(Steps):
+    """Notices whether the backward pass that this is made in adds to the gradient of a weight: autograd.grad does not.
+
+    Args:
+        w: the weight, a leaf.
+
+    Attributes:
+        made: it did.
+    """
+
+    def __init__(self, w: Tensor) -> None:
+        super().__init__(w)
+        self.made, seen, task = False, weakref.ref(self), _current_graph_task_id()
+
+        def after_backward(_: Tensor) -> None:
+            entry = seen()
+            if entry:
+                entry.made |= _current_graph_task_id() == task
+
+        self._handle = w.register_post_accumulate_grad_hook(after_backward)
+
+
+class Fate(Steps):
+    """Follows the gradient of one weight too, from the moment that a penalty was added to it, until `end()`.
+
+    Args:
+        w: the weight, a leaf; it has its gradient.
 
     Attributes:
         lost: a backward pass made another gradient before any step, and then a step took that one.
     """
 
     def __init__(self, w: Tensor) -> None:
-        self.w, self.grad = w, w.grad
-        self.lost = self._stepped = self._renewed = False
+        super().__init__(w)
+        self.grad = w.grad
+        self.lost = self._reached = self._renewed = False
         seen = weakref.ref(self)
 
         def after_backward(_: Tensor) -> None:
             fate = seen()
             if fate:
-                fate._renewed |= not fate._stepped
+                fate._renewed |= not fate._reached
 
         self._handle = w.register_post_accumulate_grad_hook(after_backward)
-        FOLLOWED.add(self)
 
-    def end(self) -> None:
-        """Follow it no longer."""
-        self._handle.remove()
-        FOLLOWED.discard(self)
-
-    def look(self, optimizer: Optimizer) -> None:
-        """Look at what this optimizer has just stepped with."""
-        if not any(p is self.w for group in optimizer.param_groups for p in group["params"]):
-            return
+    def _look_closely(self) -> None:
         if self.w.grad is self.grad:
-            self._stepped = True
-        elif self._renewed and not self._stepped:
+            self._reached = True
+        elif self._renewed and not self._reached:
             self.lost = True
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 
-from .fate import Fate, follow_steps
+from .fate import Fate, Steps, follow_steps
 
 NOWHERE = nn.Module()  # where a name leads that the model no longer has
 
@@ -194,13 +194,14 @@ class LastStep:
         self.values = [view.clone() for view in self.views]
         self.trained, self.versions = trained, [tensor._version for tensor in trained]
         self.fate = Fate(self.w) if watched and self.w.is_leaf else None
+        self.steps = self.fate or Steps(self.w)
 
     def was_added_to(self) -> bool:
         """Return whether the gradients are still these, have changed, and no step was taken."""
         if self.w.grad is not self.grad or self.grad._version == self.version:
             return False
-        # A fused step leaves the version as it is, hence the look at the value.
-        stepped = [tensor._version for tensor in self.trained] != self.versions
+        stepped = self.steps.taken or [tensor._version for tensor in self.trained] != self.versions
+        # Whoever is no torch.optim.Optimizer may step without a new version, hence the look at the value.
         return not stepped and torch.equal(self.views[0], self.values[0])
 
     def divisor(self) -> float | None:

@@ -95,6 +95,20 @@ class LambdaSGD(SGD):
         self.penalty.require_absent("the loss", "add_grad_()")
         return loss
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a state, its momenta laid out as lam is: SGD walks over both as they lie in memory.
+
+        Args:
+            state_dict: of an optimizer of the same lam.
+
+        Raises:
+            ValueError: a momentum has not the shape of its lam, or see `torch.optim.Optimizer.load_state_dict`.
+        """
+        super().load_state_dict(state_dict)
+        for lam, state in self.state.items():
+            if state.get("momentum_buffer") is not None:
+                velocity_of(self, lam)
+
     def __getstate__(self) -> dict:
         """Add to the state of an optimizer what it works on, for copies and pickles."""
         return {**super().__getstate__(), "penalty": self.penalty}

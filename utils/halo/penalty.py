@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from .fate import Entry
 from .guard import GradientGuard, distinct
 from .memory import gradient
 
@@ -34,7 +35,9 @@ class Penalty(nn.Module):
         super().__init__()
         self.penalized = distinct(params)
         self._dtype = torch.promote_types(self._first.dtype, torch.float32)
-        self.guard, self._entered = GradientGuard(self.penalized), set()
+        self.guard = GradientGuard(self.penalized)
+        self._entered: set[str] = set()  # the ways on which gradients that are in use got the penalty
+        self._entry: Entry | None = None  # where nothing is learned, what tells whether it did so by the loss
 
     def __call__(self) -> Tensor:
         """Return `forward()`, and notice it if a backward pass goes through that."""
@@ -45,6 +48,19 @@ class Penalty(nn.Module):
 
     def _note_backward(self, _: Tensor) -> None:
         self._entered.add("the loss")
+        self._forget_entry()
+        trained = [w for w in self.penalized.values() if w.requires_grad and w.is_leaf]
+        if trained and not self.lambdas:
+            self._entry = Entry(trained[0])
+
+    def _forget_entry(self) -> None:
+        if self._entry:
+            self._entry.end()
+        self._entry = None
+
+    def __getstate__(self) -> dict:
+        """Leave out what became of gradients, which copies and files do not have."""
+        return {**self.__dict__, "_entered": set(), "_entry": None}
 
     def require_absent(self, *ways: str) -> None:
         """Raise if the gradients hold the penalty already.
@@ -53,15 +69,22 @@ class Penalty(nn.Module):
             ways: on which it may have entered: "the loss", "add_grad_()".
 
         Raises:
-            ValueError: it entered on one of these, and lam has the gradient of it.
+            ValueError: it entered on one of these, and lam, or where nothing is learned w, has the gradient of it.
         """
-        if self._entered and all(lam.grad is None for lam in self.lambdas.values()):
+        if self._entered and self._is_gone():
             self._entered.clear()
+            self._forget_entry()
         for way in self._entered.intersection(ways):
             raise ValueError(
                 f"these gradients hold the penalty already, by {way}: add it in one way alone, by the step of a "
                 "LambdaSGD, or by add_grad_() and an optimizer of your own for lam, or in the loss and by that"
             )
+
+    def _is_gone(self) -> bool:
+        """Return whether the gradients hold the penalty no longer: those of lam, where there is one, tell."""
+        if self.lambdas:
+            return all(lam.grad is None for lam in self.lambdas.values())
+        return not self._entry or not self._entry.made or self._entry.taken or self._entry.w.grad is None
 
     @property
     def _first(self) -> Tensor:
@@ -106,11 +129,16 @@ class Penalty(nn.Module):
         """
         self.require_absent("the loss")
         with self.guard.adding(scaler):
-            if has_closed_form(type(self)):
-                self._add_grad_()
-            else:
-                self._add_autograd_()
+            self.fill_grad_()
         self._entered.add("add_grad_()")
+
+    @torch.no_grad()
+    def fill_grad_(self) -> None:
+        """Do the work of `add_grad_`, whatever the gradients hold: for who takes them out again at once."""
+        if has_closed_form(type(self)):
+            self._add_grad_()
+        else:
+            self._add_autograd_()
 
     @torch.enable_grad()
     def _add_autograd_(self) -> None:
