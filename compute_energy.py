@@ -79,12 +79,16 @@ def load_all(args: argparse.Namespace) -> list[Subject]:
                 f"{path} was trained on images that were prepared in another way than those of {args.checkpoint[0]}: "
                 "measure one at a time"
             )
+        if subjects[-1].linear != subjects[0].linear and not args.layers:
+            raise options.OptionError(
+                f"of {path} and {args.checkpoint[0]} only one was trained with --linear: name --layers that both have"
+            )
     return subjects
 
 
 def measure(subject: Subject, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Return the energies of one checkpoint by layer name."""
-    layers = measured_layers(subject.model, linear=subject.linear)
+    layers = measured_layers(subject.model, linear=subject.linear, shape=subject.preprocessing.shape)
     unknown = [name for name in args.layers or [] if name not in layers]
     if unknown:
         raise options.OptionError(f"--layers {unknown[0]}: no such layer; choose from {', '.join(layers)}")

@@ -199,6 +199,13 @@ def test_onnx_gives_the_same_logits(deployed, tmp_path):
         assert (torch.from_numpy(have) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.skipif(not SAFETENSORS, reason="safetensors is not installed")
+def test_safetensors_may_share_weights():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    assert stage.export.safetensors_bytes(model, {})
+
+
 def test_safetensors_hold_the_smaller_network(deployed):
     load = pytest.importorskip("safetensors.torch").load
     from utils.stages.export import safetensors_bytes

@@ -18,6 +18,7 @@ from utils.stages.energy import (
 )
 
 RANDOM = torch.Generator().manual_seed(0)
+SHAPE = (1, 28, 28)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 100])
@@ -75,8 +76,27 @@ def test_pools():
 
 
 def test_layers_that_are_measured():
-    assert len(measured_layers(build_model("vgg16_bn", 10), linear=False)) == 13
-    assert list(measured_layers(build_model("lenet_5", 10), linear=True)) == ["conv1", "conv2", "fc1", "fc2"]
+    assert len(measured_layers(build_model("vgg16_bn", 10), linear=False, shape=(3, 32, 32))) == 13
+    assert list(measured_layers(build_model("lenet_5", 10), linear=True, shape=SHAPE)) == [
+        "conv1",
+        "conv2",
+        "fc1",
+        "fc2",
+    ]
+
+
+def test_the_layer_of_the_logits_is_the_one_that_runs_last():
+    """Not the one that was registered last, which may be hidden, or a convolution."""
+
+    class HeadFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.hidden, self.conv = nn.Linear(5, 3), nn.Linear(4, 5), nn.Conv2d(1, 4, 3)
+
+        def forward(self, x):
+            return self.head(self.hidden(self.conv(x).mean((2, 3))).relu())
+
+    assert set(measured_layers(HeadFirst(), linear=True, shape=SHAPE)) == {"conv", "hidden"}
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -85,10 +105,15 @@ def test_energies_of_a_network_equal_numpy_on_all_outputs(pool):
     model = build_model("lenet_5", 10).eval()
     images = torch.rand(30, 1, 28, 28)
     result = layer_energies(
-        model, measured_layers(model, linear=True), zip(images.split(8), images.split(8), strict=True), pool=pool
+        model,
+        measured_layers(model, linear=True, shape=SHAPE),
+        zip(images.split(8), images.split(8), strict=True),
+        pool=pool,
     )
     kept = {}
-    with watch_outputs(measured_layers(model, linear=True), lambda name, out: kept.__setitem__(name, out.detach())):
+    with watch_outputs(
+        measured_layers(model, linear=True, shape=SHAPE), lambda name, out: kept.__setitem__(name, out.detach())
+    ):
         model(images)
     for name, output in kept.items():
         vectors = POOLS[pool](output) if output.dim() == 4 else output
@@ -107,7 +132,7 @@ def test_tokens_count_each_and_what_never_ran_is_left_out():
 
     torch.manual_seed(0)
     model, images = Tokens().eval(), torch.randn(6, 2, 4, 5)  # 8 tokens an image
-    result = layer_energies(model, measured_layers(model, linear=True), [(images, None)], pool="max")
+    result = layer_energies(model, measured_layers(model, linear=True, shape=(2, 4, 5)), [(images, None)], pool="max")
     with torch.no_grad():
         values = np.linalg.eigvalsh(np.cov(model.hidden(images).flatten(0, 2).double().numpy(), rowvar=False))[::-1]
     assert list(result) == ["hidden"] and np.abs(result["hidden"].numpy() - values / values.sum()).max() < 1e-6
@@ -119,7 +144,10 @@ def hooks(model):
 
 def test_hooks_go_even_after_an_error():
     model = build_model("lenet_5", 10)
-    with pytest.raises(ZeroDivisionError), watch_outputs(measured_layers(model, linear=True), lambda *_: 1 / 0):
+    with (
+        pytest.raises(ZeroDivisionError),
+        watch_outputs(measured_layers(model, linear=True, shape=SHAPE), lambda *_: 1 / 0),
+    ):
         assert hooks(model) == 4
         model(torch.zeros(1, 1, 28, 28))
     assert hooks(model) == 0
@@ -142,7 +170,7 @@ def test_memory_does_not_grow_with_the_images():
                 images = torch.rand(10, 1, 28, 28)
                 yield images, images
 
-        layer_energies(model, measured_layers(model, linear=True), batches(), pool="max")
+        layer_energies(model, measured_layers(model, linear=True, shape=SHAPE), batches(), pool="max")
         return seen[0]
 
     assert held(200) == held(20)

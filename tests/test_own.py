@@ -85,6 +85,39 @@ class Keeps(Small):
 def lazy(num_classes):
     return nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(num_classes))
 
+class Heads(nn.Module):
+    # two Linear layers, and a convolution that could do without them
+    def __init__(self, count):
+        super().__init__()
+        self.head, self.hidden, self.conv = nn.Linear(8, count), nn.Linear(4, 8), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.head(self.hidden(self.conv(x).mean((2, 3))).relu())
+
+class Twice(Heads):
+    # one Linear layer by two names
+    def __init__(self, count):
+        super().__init__(count)
+        self.again = self.hidden
+
+class Turns(Heads):
+    # a constant that no file may hold
+    def __init__(self, count):
+        super().__init__(count)
+        self.register_buffer("turns", torch.polar(torch.ones(4), torch.arange(4.0)))
+
+class Small16(Heads):
+    def __init__(self, count):
+        super().__init__(count)
+        self.register_buffer("order", torch.arange(4).to(torch.uint16))
+
+class Extra(Heads):
+    def get_extra_state(self):
+        return {"calls": 1}
+
+    def set_extra_state(self, state):
+        pass
+
 def numbers(num_classes):
     return [num_classes]
 
@@ -308,6 +341,50 @@ def test_augmentation_follows_the_options_and_the_stages_know_them(images, tmp_p
     assert seen == [(0, False)]
     with pytest.raises(OptionError, match="--padding 40"):
         load_dataset("folder", images, padding=40)
+
+
+@pytest.mark.parametrize(
+    "network, words",
+    [("Turns", "turns is complex64"), ("Small16", "order is uint16"), ("Extra", "_extra_state, a dict")],
+)
+def test_what_no_file_could_hold_is_refused_before_the_training(here, images, fails, network, words):
+    status, line = fails("-d", "folder", "--data", images, "-a", f"my_nets:{network}", "--save_dir", "run")
+    assert status == 1 and words in line and not (here / "run").exists()
+
+
+def test_fine_tuning_treats_images_and_layers_as_the_file_says(here, images, capsys):
+    """Without the options again: else zeros of Linear layers were lost, and images were of another size."""
+    where = ["-d", "folder", "--data", images, "-a", "my_nets:Heads", "--epochs", 1, "--schedule"]
+    train(*where, "--linear", "--image_size", 20, "--padding", 2, "--no_flip", "--save_dir", "run")
+    prune = ["--data", images, "-a", "my_nets:Heads", "--resume", "run/final.pth.tar", "--save_dir", "pruned"]
+    call(cifar_prune_iterative, *prune, "--percent", 0.8)
+    capsys.readouterr()
+    pruned = "pruned/pruned_0.8.pth.tar"
+    train(*where, "--start", pruned, "--mask", pruned, "--save_dir", "tuned")
+    assert f"{pruned} was trained without mirror images: --no_flip" in capsys.readouterr().err
+    tuned, before = load_checkpoint("tuned/final.pth.tar"), load_checkpoint(pruned)
+    for name in ("head.weight", "hidden.weight", "conv.weight"):
+        assert torch.equal(tuned["state_dict"][name] == 0, before["state_dict"][name] == 0), name
+        assert not torch.equal(tuned["state_dict"][name], before["state_dict"][name])
+    config = tuned["config"]
+    assert (config["linear"], config["image_size"], config["padding"], config["no_flip"]) == (True, 20, 2, False)
+    assert tuned["preprocessing"]["shape"][1:] in ([20, 20], (20, 20))
+    train(*where, "--start", pruned, "--mask", pruned, "--image_size", 24, "--padding", 1, "--save_dir", "other")
+    assert load_checkpoint("other/final.pth.tar")["config"]["image_size"] == 24
+
+
+def test_energies_of_runs_with_and_without_linear_layers_are_not_compared(here, images, fails_in, capsys):
+    where = ["-d", "folder", "--data", images, "-a", "my_nets:Heads", "--epochs", 1, "--schedule"]
+    train(*where, "--linear", "--save_dir", "with")
+    train(*where, "--save_dir", "without")
+    files = ["--data", images, "-a", "my_nets:Heads", "--checkpoint", "with/final.pth.tar", "without/final.pth.tar"]
+    for order in (files, [*files[:-2], *files[:-3:-1]]):
+        status, line = fails_in(compute_energy, *order, "--save", "e")
+        assert status == 2 and "only one was trained with --linear: name --layers" in line
+    report = call(compute_energy, *files, "--layers", "conv", "--save", "e")
+    assert [list(layers) for layers in report["checkpoints"].values()] == [["conv"]] * 2
+    alone = call(compute_energy, *files[:-1], "--save", "alone")
+    assert [set(layers) for layers in alone["checkpoints"].values()] == [{"conv", "hidden"}]
 
 
 def test_check_own_network_leaves_named_ones_alone():

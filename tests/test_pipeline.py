@@ -26,7 +26,8 @@ from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.halo.pruning import SCHEMES
 from utils.run import write_json
 from utils.stages.energy import POOLS, components, effective_rank, layer_energies
-from utils.stages.prune import recalibrate_batch_norm
+from utils.stages.prune import _batch_size, recalibrate_batch_norm
+from utils.studies.measurements import in_columns
 from utils.training.data import load_dataset
 from utils.training.loading import make_loader
 
@@ -286,6 +287,78 @@ def test_every_image_counts_the_same_in_recalibrated_statistics(images, dimensio
         assert model[-1].momentum == 0.1
         means.append(model[-1].running_mean)
     torch.testing.assert_close(*means, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "images, batch, sizes", [(7, 3, [4, 3]), (3, 2, [3]), (36, 36, [36]), (9, 8, [5, 4]), (4, 1, [2, 2])]
+)
+def test_no_batch_of_recalibration_is_of_one_image(images, batch, sizes):
+    assert [len(part) for part in torch.arange(images).split(_batch_size(images, batch))] == sizes
+
+
+@pytest.mark.parametrize("count", [1, 37])
+def test_recalibration_takes_two_images_to_all_of_them(network, tmp_path, fails_in, count):
+    options, model = network
+    prune = ["--percent", 0.5, "--resume", model, "--save_dir", tmp_path / "pruned", "--recalibrate_bn", count]
+    status, line = fails_in(cifar_prune_iterative, *options, *prune)
+    assert status == 2 and f"--recalibrate_bn {count}: give 2 to 36 training images" in line
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_sparsity_that_is_there_already_is_noted(network, tmp_path, capsys):
+    options, model = network
+    prune = ["--of", "all", "--save_dir", tmp_path / "b", "--percent", 0.5, 0.9, 0.95]
+    call(cifar_prune_iterative, *options, "--percent", 0.9, "--resume", model, "--save_dir", tmp_path / "a")
+    capsys.readouterr()
+    report = call(cifar_prune_iterative, *options, *prune, "--resume", tmp_path / "a" / "pruned_0.9.pth.tar")
+    assert [result["sparsity"] for result in report["results"]] == pytest.approx([0.9, 0.9, 0.95], abs=1e-4)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "more zeros already" in line]
+    assert line.startswith("note: pruned 0.5:")
+
+
+def test_outputs_that_could_not_be_replaced_are_as_they_were(network, tmp_path, monkeypatch):
+    from utils.stages import prune as prune_run
+
+    options, model = network
+    pruning = ["--percent", 0.5, 0.9, "--save_dir", tmp_path, "--overwrite"]
+    call(cifar_prune_iterative, *options, *pruning[:2], *pruning[3:], "--resume", model)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(prune_run, "write_csv", full)
+    with pytest.raises(OSError, match="No space left"):
+        call(cifar_prune_iterative, *options, *pruning, "--resume", model.with_name("init.pth.tar"))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    call(cifar_prune_iterative, *options, *pruning, "--resume", model.with_name("init.pth.tar"))
+    written = {file.name for file in tmp_path.iterdir()}
+    assert written == {*before, "pruned_0.9.pth.tar"} and "init" in (tmp_path / "prune.json").read_text()
+
+
+@pytest.mark.parametrize("key, value", [("config", "configs/resnet.yaml"), ("pruning", 0.5)])
+def test_a_file_of_others_may_call_something_else_config(network, images, tmp_path, key, value):
+    options, model = network
+    torch.save({"state_dict": load_checkpoint(model)["state_dict"], key: value}, tmp_path / "theirs.pth.tar")
+    report = call(check_params, *options, "--checkpoint", tmp_path / "theirs.pth.tar")
+    assert report["test"]["top1"] == call(check_params, *options, "--checkpoint", model)["test"]["top1"]
+    assert load_checkpoint(model)["config"]["arch"] == "resnet"
+
+
+@pytest.mark.parametrize(
+    "points, columns",
+    [
+        ([0.5, 0.99995001, 0.99997, 0.99998], [0.5, 0.99995, 0.99997, 0.99998]),
+        ([0.749987, 0.750012], [0.75, 0.75]),
+        ([0.49999, 0.98002], [0.5, 0.98]),
+    ],
+)
+def test_every_point_at_high_sparsity_has_a_column(tmp_path, points, columns):
+    results = [{"asked": ratio, "after": {"top1": 50.0}} for ratio in (0.5, 0.98)]
+    write_json(tmp_path / "prune.json", {"before": {"top1": 90.0}, "results": results})
+    found = [[*in_columns({"a": {point: 50.0}}, [tmp_path / "prune.json"])["a"]] for point in points]
+    assert found == [[column] for column in columns]
 
 
 def test_what_has_no_batch_norm_is_not_recalibrated(tmp_path, fails_in):

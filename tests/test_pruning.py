@@ -119,6 +119,13 @@ def test_channels_last_weights_are_pruned_in_place():
     assert torch.equal(plain["w"], strided["w"]) and zeros(strided) == round(288 * 0.7)
 
 
+def test_a_layer_without_weights_has_no_zeros():
+    layers = random_weights() | {"empty": nn.Parameter(torch.empty(3, 0, 3, 3))}
+    *_, empty = prune_by_magnitude_(layers, 0.5)
+    assert (empty.total, empty.sparsity) == (0, 0) and overall_sparsity([empty]) == 0
+    assert zeros(layers) == 200
+
+
 def test_threshold_is_the_largest_that_went():
     layers = random_weights()
     before = {name: w.detach().clone() for name, w in layers.items()}

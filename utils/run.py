@@ -210,14 +210,21 @@ def refuse_existing(paths: Iterable[Path], *, overwrite: bool, inputs: Iterable[
 
 @contextmanager
 def all_or_none(paths: Iterable[Path]) -> Iterator[None]:
-    """Take away what the block has newly written of some files if it fails, so that the same command can run again."""
-    new = [path for path in paths if not path.exists()]
+    """Leave files as they were if the block fails: none new, so that the same command can run again, none replaced."""
+    places = [Path(os.path.realpath(path)) for path in paths]
+    aside = {place: place.with_name(f".{place.name}.before") for place in places if place.exists()}
+    for place, kept in aside.items():
+        place.replace(kept)
     try:
         yield
     except BaseException:
-        for path in new:
-            path.unlink(missing_ok=True)
+        for place in places:
+            place.unlink(missing_ok=True)
+        for place, kept in aside.items():
+            kept.replace(place)
         raise
+    for kept in aside.values():
+        kept.unlink()
 
 
 def clear_run(folder: Path) -> None:

@@ -14,7 +14,7 @@ from utils.files.archive import RefusedError
 from utils.files.atomic import atomic_write
 from utils.files.inspection import inspect
 from utils.files.soundness import check_state
-from utils.files.unpack import is_compact, load_compact
+from utils.files.unpack import KINDS, is_compact, load_compact
 
 
 class CheckpointError(ValueError):
@@ -68,6 +68,9 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
         raise
     except Exception as error:  # a damaged file makes zipfile, pickle and torch raise almost anything
         raise CheckpointError(f"{path} is truncated, damaged or no checkpoint: use another copy") from error
+    for key in ("config", "pruning"):  # a file of others may have something else by these names
+        if not isinstance(state.get(key), Mapping):
+            state.pop(key, None)
     tensors = {key.removeprefix("module."): value for key, value in state["state_dict"].items()}
     return state | {"state_dict": {name: value.to(map_location) for name, value in tensors.items()}}
 
@@ -78,6 +81,25 @@ def _read(path: Path, map_location: str | torch.device) -> object:
         return load_compact(path)
     inspect(path)
     return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def require_savable(arch: str, state_dict: Mapping[str, object]) -> None:
+    """Raise unless a file of a network could be read again: better before its training than after.
+
+    Args:
+        arch: the name of the network, for the message.
+        state_dict: what a file would hold of it.
+
+    Raises:
+        ValueError: it has something else than dense tensors of the types that files may hold.
+    """
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"-a {arch}: its state has {name}, a {type(value).__name__}: keep tensors alone in it")
+        kind = str(value.dtype).removeprefix("torch.")
+        if kind not in KINDS or value.layout is not torch.strided:
+            remedy = "register a constant with persistent=False, or as two real buffers"
+            raise ValueError(f"-a {arch}: {name} is {kind}, which no file that is read here may hold: {remedy}")
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, path: str | Path) -> None:

@@ -21,8 +21,8 @@ class LayerSparsity(NamedTuple):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros, in [0, 1]."""
-        return 1 - self.remaining / self.total
+        """Fraction of zeros, in [0, 1]; 0 of a layer without weights."""
+        return 1 - self.remaining / self.total if self.total else 0.0
 
 
 def sparsity_per_layer(weights: Mapping[str, Tensor]) -> list[LayerSparsity]:
@@ -32,7 +32,7 @@ def sparsity_per_layer(weights: Mapping[str, Tensor]) -> list[LayerSparsity]:
 
 def overall_sparsity(layers: list[LayerSparsity]) -> float:
     """Return the fraction of zeros over all layers, in [0, 1]."""
-    return 1 - sum(layer.remaining for layer in layers) / sum(layer.total for layer in layers)
+    return LayerSparsity("all", sum(layer.total for layer in layers), sum(layer.remaining for layer in layers)).sparsity
 
 
 def _check_weights(weights: Mapping[str, Tensor], fraction: float) -> None:

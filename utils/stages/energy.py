@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -87,12 +87,23 @@ def effective_rank(energy: Tensor) -> float:
     return float(torch.exp(-(positive * positive.log()).sum())) if len(positive) else 0.0
 
 
-def measured_layers(model: nn.Module, *, linear: bool) -> dict[str, nn.Module]:
-    """Return the layers whose outputs are looked at: every Conv2d, with `linear` the hidden Linear layers too."""
+def measured_layers(model: nn.Module, *, linear: bool, shape: Sequence[int]) -> dict[str, nn.Module]:
+    """Return the layers whose outputs are looked at: every Conv2d, with `linear` the hidden Linear layers too.
+
+    Args:
+        model: the network, left in evaluation mode.
+        linear: whether Linear layers count.
+        shape: channels, height and width of its images. The Linear layer that runs last on one gives the logits.
+    """
     kinds = (nn.Conv2d, nn.Linear) if linear else (nn.Conv2d,)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    if linear and layers:
-        layers.popitem()  # the last one gives the logits
+    if linear:
+        ran: list[str] = []
+        image = torch.zeros(1, *shape, device=next(model.parameters()).device)
+        with torch.inference_mode(), watch_outputs(layers, lambda name, output: ran.append(name)):
+            model.eval()(image)
+        if ran and isinstance(layers[ran[-1]], nn.Linear):
+            del layers[ran[-1]]
     return layers
 
 

@@ -93,5 +93,5 @@ def safetensors_bytes(model: nn.Module, config: dict) -> bytes:
     """Return a file of the weights by name, with what is needed to build the network as metadata."""
     from safetensors.torch import save
 
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     return save(tensors, metadata={"format": "pt", "config": json.dumps(config)})

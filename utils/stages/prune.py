@@ -48,7 +48,7 @@ def recalibrate_batch_norm(
 ) -> None:
     """Estimate the statistics of every BatchNorm anew, as averages over training images, augmented as in training.
 
-    Every image counts the same, also where the last batch is smaller; the batches are as equal as they can be.
+    Every image counts the same, also where the last batch is smaller.
 
     Without the augmentation the black borders of the random crops are missing from the statistics, which costs even
     an unpruned network accuracy (ResNet-20 on CIFAR-10, n = 1: 78.66 -> 73.13%).
@@ -69,8 +69,8 @@ def recalibrate_batch_norm(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(data.train.labels), generator=generator)[:images]
     model.train()
-    equal = math.ceil(len(chosen) / math.ceil(len(chosen) / batch))
-    loader = make_loader(data, "train", device, arch=arch, batch_size=equal, generator=generator, only=chosen)
+    size = _batch_size(len(chosen), batch)
+    loader = make_loader(data, "train", device, arch=arch, batch_size=size, generator=generator, only=chosen)
     seen = 0
     for inputs, *_ in loader:
         seen += len(inputs)
@@ -79,6 +79,12 @@ def recalibrate_batch_norm(
         model(inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+
+
+def _batch_size(images: int, batch: int) -> int:
+    """Return a size of batches, at most `batch` if it can be, that leaves none of one image, which has no variance."""
+    equal = max(2, math.ceil(images / math.ceil(images / batch)))
+    return next(size for size in (*range(equal, 1, -1), *range(equal, images + 1)) if images % size != 1)
 
 
 def outputs(args: argparse.Namespace) -> dict[str, Path]:
@@ -137,6 +143,8 @@ def _prune_each(args: argparse.Namespace, paths: dict[str, Path], dataset: str |
     before, weights = evaluate(model, loader, device=device), prunable_weights(model, linear=linear)
     if args.recalibrate_bn and not batch_norms(model):
         raise OptionError(f"--recalibrate_bn {args.recalibrate_bn}: {args.arch} has no BatchNorm: leave it out")
+    if args.recalibrate_bn and not 2 <= args.recalibrate_bn <= len(data.train.labels):
+        raise OptionError(f"--recalibrate_bn {args.recalibrate_bn}: give 2 to {len(data.train.labels)} training images")
     start = copy.deepcopy(model.state_dict())
     report = {
         "checkpoint": str(args.resume),
@@ -147,6 +155,7 @@ def _prune_each(args: argparse.Namespace, paths: dict[str, Path], dataset: str |
         "scheme": args.scheme,
         "seed": args.seed,
         "images": images,
+        "recalibrate_bn": args.recalibrate_bn,
         "before": before | {"sparsity": overall_sparsity(sparsity_per_layer(weights))},
         "results": [],
     }
@@ -179,6 +188,8 @@ def _prune_once(args: argparse.Namespace, model: nn.Module, percent: float, *, l
     generator = torch.Generator().manual_seed(args.seed)
     fraction = fraction_to_reach(weights, percent) if args.of == "all" else percent
     layers: list[LayerSparsity] = SCHEMES[args.scheme](weights, fraction, generator=generator)
+    if args.of == "all" and overall_sparsity(layers) > percent and not fraction:
+        warn(f"pruned {percent:g}: {args.resume} has more zeros already, so that none is added")
     empty = [layer.name for layer in layers if layer.remaining == 0]
     for name in empty:
         warn(f"pruned {percent:g}: no weight is left in {name}")

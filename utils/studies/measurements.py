@@ -68,13 +68,15 @@ def in_columns(runs: Mapping[str, Mapping[float, float]], reports: Iterable[str]
         reports: their prune.json.
 
     Returns:
-        The same by the ratio that some report was asked for, where that is the true one to four digits, else by those.
+        The same by the ratio that some report was asked for, where what is left differs from that by less than 5% and
+        0.00005, else by the true one to four digits, beyond 0.99 to six.
     """
     asked = {ratio for path in reports for ratio in read_accuracies(path)}
 
     def column(sparsity: float) -> float:
         near = min(asked, key=lambda ratio: abs(ratio - sparsity))
-        return near if abs(near - sparsity) < 5e-5 else round(sparsity, 4)
+        close = abs(near - sparsity) <= min(5e-5, 0.05 * (1 - sparsity))
+        return near if close else round(sparsity, 4 if sparsity < 0.99 else 6)
 
     return {label: {column(sparsity): top1 for sparsity, top1 in run.items()} for label, run in runs.items()}
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from models import check_own_network, takes_linear
 from utils.distributed import is_main, main_first, process_group, processes, rank, replicate
-from utils.files.checkpoint import load_checkpoint
+from utils.files.checkpoint import load_checkpoint, require_savable
 from utils.files.lock import Lock
 from utils.files.record import build_recorded, read_record, recorded_widths
 from utils.halo.masks import FixedZeros
@@ -154,19 +154,22 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
     with process_group(device), run_folder(args) as lock:
         with main_first():
             state = load_checkpoint(args.resume) if args.resume else None
-            first = state or (load_checkpoint(args.start) if args.start else {})
+            begun_from = args.resume or args.start or args.mask
+            first = state or (load_checkpoint(begun_from) if begun_from else {})
             record = read_record(state, args.resume) if state else None
             if args.evaluate and record and record.dataset != args.dataset:
                 raise OptionError(f"-d {args.dataset} is not what {args.resume} is of: give -d {record.dataset}")
             if state:
                 loading.take_image_size(args, state)
+            else:
+                loading.take_from_start(args, first, begun_from)
             data = loading.load_images(args, record)
         say(data_line(args, data))
-        path = args.resume or args.start
-        model = build_recorded(args.arch, len(data.classes), args.depth, first, path)
-        if widths := recorded_widths(first, path):
+        model = build_recorded(args.arch, len(data.classes), args.depth, first, begun_from)
+        if widths := recorded_widths(first, begun_from):
             args.widths = widths  # with the options, so that all that this run writes records them
         model.to(device)
+        require_savable(args.arch, model.state_dict())
         check_own_network(args.arch, model, data.shape, len(data.classes))  # makes the parameters of lazy layers
         model.to(memory_format=loading.memory_format(args.arch, device))
         if not args.evaluate:

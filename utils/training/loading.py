@@ -13,7 +13,8 @@ from models import check_image_size, find_arch
 from utils.distributed import processes, rank
 from utils.files.checkpoint import load_checkpoint, load_weights
 from utils.files.preprocessing import OLDER_FOLDER
-from utils.files.record import Record
+from utils.files.record import Record, read_record
+from utils.logger import warn
 from utils.options import OptionError
 from utils.training.augment import Loader
 from utils.training.data import load_dataset
@@ -54,6 +55,26 @@ def take_image_size(args: argparse.Namespace, state: Mapping) -> None:
         config = state.get("config")
         size = config.get("image_size") if isinstance(config, Mapping) else 32
         args.image_size = size if isinstance(size, int) else None
+
+
+def take_from_start(args: argparse.Namespace, state: Mapping, path: str) -> None:
+    """Let a run that begins from a file treat images and Linear layers as that does where no option says, in place.
+
+    Args:
+        args: the options, after `options.resolve`.
+        state: the checkpoint of --start, or of --mask alone; empty without either.
+        path: where it lies.
+    """
+    record, config = read_record(state, path), state.get("config", {})
+    if ":" in args.arch and config.get("linear") is True:
+        args.linear = True
+    same = record if record and record.dataset == args.dataset == "folder" else None
+    if args.dataset == "folder" and args.image_size is None:
+        args.image_size = same.preprocessing.shape[1] if same else 32
+    if same and args.padding is None:
+        args.padding = same.padding
+    if same and not (same.flip or args.no_flip):
+        warn(f"{path} was trained without mirror images: --no_flip leaves them out here too")
 
 
 def require_size(arch: str, size: int) -> None:
