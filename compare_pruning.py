@@ -45,6 +45,8 @@ def read_report(path: str) -> tuple[dict, dict[float, float]]:
     Raises:
         ValueError: the file is missing or not written by the pruning stage.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: give a prune.json, such as {Path(path) / 'prune.json'}")
     try:
         report = read_measurement(path)
     except ValueError as error:  # whose remedy is for a file of ours, which this need not be
@@ -135,6 +137,7 @@ def main(args: argparse.Namespace) -> dict:
     if args.save:
         images = " and ".join(sorted({setting["images"] for setting in settings.values()}))
         plot_comparison(runs, args.save, title=describe(settings), images=images)
+        say(f"\nwrote {args.save}")
     if args.sentence:
         say(f"\n{finding(runs)}")
     return runs

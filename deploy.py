@@ -30,7 +30,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.set_defaults(device="cpu")  # where sparse inference runs
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="the pruned checkpoint or compact file")
     parser.add_argument("--save", metavar="OUT", required=True, help="writes OUT.pth.tar, OUT.pt2, OUT.json, OUT.png")
-    text = "batch sizes to measure (default: 1 16 64 256)"
+    text = "batch sizes to measure"
     parser.add_argument("--batch", type=options.whole(1), nargs="+", default=[1, 16, 64, 256], metavar="N", help=text)
     parser.add_argument("--no_data", action="store_true", help="prove both forms on random images instead")
     parser.add_argument("--no_compile", action="store_true", help="leave torch.compile, which takes minutes, out")

@@ -28,12 +28,12 @@ from utils.command_line import option
 from utils.files.lock import Lock, folder_lock
 from utils.logger import duration, say
 from utils.paths import REPOSITORY, portable_path
-from utils.run import require_writable, run_script
+from utils.run import made_folder, run_script
 from utils.studies.checks import check_numbers
 from utils.studies.cluster import cluster_workers
 from utils.studies.executors import Workers, local_workers, processes_here
 from utils.studies.phases import dry_run, run_shard, run_study
-from utils.studies.report import write_report
+from utils.studies.report import has_runs, write_report
 from utils.studies.shards import Shard, parse_shard, study_lock
 from utils.studies.study import load_study
 
@@ -122,9 +122,8 @@ def main(args: argparse.Namespace) -> dict:
         return dry_run(study, out, args.data, processes=args.jobs or processes_here(), shard=shard)
     if args.scheduler:  # whose workers start in folders of their own
         out, args.data = out.absolute(), os.path.abspath(args.data)
-    require_writable(out, make=True)
     start = time.perf_counter()
-    with study_lock(out, shard) as lock:
+    with made_folder(out), study_lock(out, shard) as lock:
         stack = contextlib.ExitStack()
         workers = stack.enter_context(workers_of(args, lock))
         try:
@@ -137,7 +136,7 @@ def main(args: argparse.Namespace) -> dict:
             raise type(error)(f"stopped; the same command goes on, {out} holds what is done") from error
         finally:
             with folder_lock(out, name=".report.lock", on_wait=say):  # so that the last part's is the last table
-                rows = write_report(study, out, command=full_command(args))
+                rows = write_report(study, out, command=full_command(args)) if has_runs(out) else {}
     say(f"all of it took {duration(time.perf_counter() - start)}")
     return rows
 

@@ -321,6 +321,16 @@ def test_a_diverging_run_says_where_and_keeps_the_last_good_checkpoint(tiny, tmp
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["epoch"] == 0
 
 
+def test_a_diverged_run_is_not_sent_where_it_diverges_again(tiny, tmp_path, fails):
+    """The same options would, and others are another run; the weights are there to begin from."""
+    status, line = fails(*tiny, "--lr", "1e30", "--schedule")
+    checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
+    assert status == 1 and "continue with" not in line
+    assert f"begin again with --overwrite, or from its weights with --start {checkpoint} in another --save_dir" in line
+    train(*tiny, "--start", checkpoint, "--save_dir", tmp_path / "other")
+    train(*tiny, "--overwrite")
+
+
 def test_an_epoch_that_ends_in_nan_is_not_saved(tiny, tmp_path, fails):
     """One batch an epoch: its loss is finite, and what its step did shows in no later loss."""
     status, line = fails(*tiny, "--train_batch", "36", "--lr", "1e38", "--wd", "10")

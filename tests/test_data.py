@@ -218,6 +218,23 @@ def test_a_failed_download_says_how_to_place_the_files(tmp_path, monkeypatch):
     assert (tmp_path / "kept").exists()
 
 
+@pytest.mark.parametrize("name, own", [("mnist", "MNIST"), ("cifar10", "cifar10")])
+def test_the_folder_of_one_data_set_is_not_where_all_are(tmp_path, monkeypatch, name, own):
+    """What somebody keeps there stays, no folder is added, and the message says what to name."""
+    from torchvision import datasets
+
+    def fails(root, train, download):
+        (Path(root) / "MNIST" / "raw").mkdir(parents=True)
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets, "MNIST", fails)
+    monkeypatch.setattr(datasets.CIFAR10, "__init__", lambda self, root, train, download: fails(root, train, download))
+    (tmp_path / own / "kept").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"or name --data {tmp_path}$"):
+        load_dataset(name, tmp_path / own, shape=(1, 28, 28) if name == "mnist" else (3, 32, 32))
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path(own), Path(own) / "kept"]
+
+
 def damage(root, how):
     train = root / "train"
     if how == "missing":

@@ -498,6 +498,7 @@ def test_comparison_of_runs(network, tmp_path, capsys, fails_in):
     status, line = fails_in(compare_pruning, tmp_path / "c.png")
     assert status == 1 and "no prune.json" in line and "remove" not in line
     assert "--overwrite" in fails_in(compare_pruning, *files, "--save", tmp_path / "c.png")[1]
+    assert f"give a prune.json, such as {files[0]}" in fails_in(compare_pruning, files[0].parent)[1]
 
 
 def test_a_network_that_had_zeros_goes_by_its_true_sparsity(network, tmp_path, capsys, fails_in):
@@ -575,7 +576,9 @@ def test_evaluate_takes_the_images_that_the_file_is_of(tmp_path, fails_in):
     call(mnist.mnist, "-d", "digits", "--epochs", 1, "--schedule", "--save_dir", tmp_path / "run")
     final = ["-e", "--resume", tmp_path / "run" / "final.pth.tar"]
     status, line = fails_in(mnist.mnist, *final)
-    assert status == 2 and "-d mnist is not what" in line and "give -d digits" in line
+    assert (
+        status == 2 and "-d mnist -a lenet_300_100 is not what" in line and line.endswith("-d digits -a lenet_300_100")
+    )
     assert call(mnist.mnist, "-d", "digits", *final)["top1"] > 20
     status, line = fails_in(mnist.mnist, "-d", "digits", *final, "--no_test", "--val_split", 100)
     assert status == 2 and "--evaluate reads the test images" in line

@@ -284,6 +284,32 @@ def test_committed_measurements_give_an_estimate(capsys, tmp_path):
     assert whole < len(jobs) and f"about {duration(whole * seconds)}, by the runs of results/replication" in said
 
 
+@pytest.mark.parametrize("jobs", [1, 8])
+def test_one_run_takes_no_less_time_with_more_processes(tmp_path, jobs):
+    study = load_study(write_study(tmp_path, methods={"none": {"penalty": "none"}}, controls=[]))
+    progress = Progress(tuning_jobs(study, tmp_path / "out", "data"), tmp_path / "out", processes=jobs, guess=60.0)
+    assert progress.estimate().startswith(f"about {duration(60)}")
+
+
+@pytest.mark.parametrize("device, seconds", [("cpu", 100.0), ("cuda:0", None)])
+def test_the_seconds_of_a_gpu_tell_nothing_of_a_machine_without(tmp_path, monkeypatch, device, seconds):
+    study = load_study(write_study(tmp_path))
+    folder = tmp_path / "results" / "replication" / study.name
+    (folder / "none" / "plain" / "seed1" / "run").mkdir(parents=True)
+    (folder / "table.csv").write_text("method,coefficients,seconds\nnone,,100\n")
+    write_json(folder / "none" / "plain" / "seed1" / "run" / "config.json", {"device": device})
+    monkeypatch.setattr("utils.studies.progress.REPOSITORY", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert committed_seconds(study) == seconds
+
+
+def test_a_study_that_cannot_begin_leaves_no_tables(tmp_path, fails_in, jobs_here, capsys):
+    path = write_study(tmp_path, options=STUDY["options"] | {"dataset": "folder", "arch": "resnet", "depth": 8})
+    status, line = fails_in(reproduce, path, "--data", tmp_path / "none", "--out", tmp_path / "out")
+    assert status == 1 and str(tmp_path / "none") in line and "wrote" not in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["log.txt"]
+
+
 def test_a_choice_is_by_the_mean_of_the_tuning_seeds(tmp_path):
     """0.5: the best with seed 1 is not the best of both. 0.95: it diverged with seed 2, and is out."""
     grid = {"penalty": "l1", "grid": {"xi": [1e-4, 1e-3]}}

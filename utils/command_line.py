@@ -21,7 +21,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show defaults, except where the help text states what stands for None, and for flags."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, "none") else super()._get_help_string(action)
+        unsaid = action.default is None or action.default is False or action.default == "none"
+        return action.help if unsaid else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -118,7 +118,8 @@ def require_writable(folder: Path, *, make: bool) -> None:
         (folder / ".writable").unlink(missing_ok=True)
     except OSError as error:
         reason = getattr(error.__cause__ or error, "strerror", None) or error
-        raise OSError(f"cannot write to the folder {folder} ({reason}): make it, or choose another folder") from error
+        remedy = "choose a folder" if folder.is_file() else "make it, or choose another folder"
+        raise OSError(f"cannot write to the folder {folder} ({reason}): {remedy}") from error
 
 
 def prepare_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None:

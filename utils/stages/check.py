@@ -56,6 +56,8 @@ def _check(args: argparse.Namespace) -> dict:
         write_json(args.json, report)
     if args.plot:
         plots.plot_layers(report["layers"], args.plot, title=plots.layers_title(report))
+    if written := [path for path in (args.json, args.plot) if path]:
+        say(f"wrote {', '.join(written)}")
     return report
 
 

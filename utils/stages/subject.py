@@ -101,7 +101,9 @@ def check_held_out(state: dict, path: str, val_split: int) -> int | None:
     held_out = config.get("val_split") if isinstance(config, dict) else None
     if not isinstance(held_out, int) or val_split <= held_out:
         return held_out if isinstance(held_out, int) else None
-    remedy = f"give at most --val_split {held_out}" if held_out else "leave it out"
+    if not held_out:
+        raise OptionError(f"--val_split {val_split}: {path} was trained on all images, none was held out: leave it out")
+    remedy = f"give at most --val_split {held_out}"
     raise OptionError(f"--val_split {val_split}: {path} was trained on all but {held_out} images: {remedy}")
 
 

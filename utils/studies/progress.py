@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
+import torch
+
 from utils.logger import duration, say
 from utils.paths import REPOSITORY
 from utils.run import read_json, write_json
@@ -20,9 +22,11 @@ LEAST_SHARE = 0.5  # of a run's epochs: the seconds of fewer, beginning and meas
 
 
 def committed_seconds(study: Study) -> float | None:
-    """Return the mean seconds of a run in the committed table of a study; None where there is none."""
-    path = REPOSITORY / "results" / "replication" / study.name / "table.csv"
-    if not path.exists():
+    """Return the mean seconds of a run in the committed table of a study; None where there is none for this machine."""
+    folder = REPOSITORY / "results" / "replication" / study.name
+    path = folder / "table.csv"
+    devices = [read_json(config).get("device", "cpu") for config in folder.glob("*/*/seed*/run/config.json")]
+    if not path.exists() or (any("cuda" in device for device in devices) and not torch.cuda.is_available()):
         return None
     with open(path, newline="") as file:
         runs = {(row["method"], row["coefficients"]): float(row["seconds"]) for row in csv.DictReader(file)}
@@ -105,10 +109,11 @@ class Progress:
         """Say how long the runs to train will take, going by the mean of those trained here, else by the guess."""
         each = mean(self.seconds.values()) if self.seconds else self.guess
         if each is None:
-            return "unknown time (no run was timed yet)"
-        epochs = sum(job.config.part * share_left(job) for job in self.untrained)  # as a multiple of the study's
+            return "unknown time (no run was timed on such a machine yet)"
+        shares = [job.config.part * share_left(job) for job in self.untrained]  # of the epochs of the study
+        epochs = max(sum(shares) / self.processes, max(shares, default=0))
         source = "" if self.seconds else ", by the runs of results/replication"
-        return f"about {duration(epochs * each / self.processes)}{source}"
+        return f"about {duration(epochs * each)}{source}"
 
     def add(self, job: Job, seconds: float | None, number: int) -> None:
         """Record a finished job and say so; without seconds it was done elsewhere, or given up."""

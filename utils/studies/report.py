@@ -256,6 +256,11 @@ def _as_text(row: dict) -> dict:
     return row | {"failed": _numbers(_failed(row))} | {key: _numbers(row[key]) for key in ("seeds", "top1_seeds")}
 
 
+def has_runs(out: Path) -> bool:
+    """Tell whether a folder of outputs has anything for a table: a run that began, was measured or failed."""
+    return any(next(out.glob(f"*/*/seed*/{name}"), None) for name in ("failed.json", "*/*.json"))
+
+
 def write_report(study: Study, out: Path, *, command: str) -> dict:
     """Write table.md, table.csv, and the figures for which there is something: see `draw_figures`.
 

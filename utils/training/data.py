@@ -42,15 +42,24 @@ def _cifar_split(dataset: object) -> Split:
 
 def _downloaded(dataset: Callable[..., object], root: Path) -> list:
     """Return torchvision's training and test images; where nothing can be had, leave no empty folders behind."""
-    new = not root.exists()
+    new, made = (
+        not root.exists(),
+        [folder for folder in (root / "MNIST" / "raw", root / "MNIST") if not folder.exists()],
+    )
     try:
         return [dataset(str(root), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError):
         if new and root.is_dir():
-            for folder in (*sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True), root):
-                with suppress(OSError):  # it holds something
-                    folder.rmdir()
+            made = [*sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True), root]
+        for folder in made:
+            with suppress(OSError):  # it was not made, or holds something
+                folder.rmdir()
         raise
+
+
+def _instead(root: Path, name: str) -> str:
+    """Return the place to name for a data set where somebody named its own folder in it."""
+    return f"--data {root.parent}" if root.absolute().name == name else "another --data"
 
 
 def load_cifar(root: Path, preprocessing: Preprocessing, *, num_classes: int) -> tuple[Split, Split, tuple[str, ...]]:
@@ -67,7 +76,7 @@ def load_cifar(root: Path, preprocessing: Preprocessing, *, num_classes: int) ->
         raise ValueError(
             f"cannot download CIFAR-{num_classes} to {root} ({error}): place torchvision's files "
             f"{root / official.base_folder}/* or class folders {folders}/{{train,test}}/<class>/*.png there by hand, "
-            "or name another --data"
+            f"or name {_instead(root, f'cifar{num_classes}')}"
         ) from error
     return _cifar_split(splits[0]), _cifar_split(splits[1]), tuple(splits[0].classes)
 
@@ -81,7 +90,7 @@ def load_mnist(root: Path, preprocessing: Preprocessing) -> tuple[Split, Split, 
     except Exception as error:  # torchvision looks at what is there by assertions
         raise ValueError(
             f"cannot read MNIST in {root} or download it ({error}): place the four *-ubyte files in "
-            f"{root / 'MNIST' / 'raw'} by hand, or name another --data"
+            f"{root / 'MNIST' / 'raw'} by hand, or name {_instead(root, 'MNIST')}"
         ) from error
     train, test = (Split(split.data[:, None].contiguous(), split.targets) for split in splits)
     return train, test, tuple(str(digit) for digit in range(10))
@@ -95,7 +104,7 @@ def load_digits(root: Path, preprocessing: Preprocessing) -> tuple[Split, Split,
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise ValueError("-d digits needs scikit-learn: pip install -r requirements-dev.txt") from error
+        raise ValueError("-d digits needs scikit-learn: pip install scikit-learn") from error
     digits, shape = datasets.load_digits(), preprocessing.shape
     order = torch.from_numpy(digits.target).long().argsort(stable=True)
     images = torch.from_numpy(digits.images).float()[order, None]

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import check_own_network, takes_linear
+from models import MNIST_ARCHS, check_own_network, takes_linear
 from utils.distributed import is_main, main_first, process_group, processes, rank, replicate
 from utils.files.checkpoint import load_checkpoint, require_savable
 from utils.files.lock import Lock
-from utils.files.record import build_recorded, read_record, recorded_widths
+from utils.files.record import Record, build_recorded, read_record, recorded_widths, same_network
 from utils.halo.masks import FixedZeros
 from utils.halo.parameters import penalized_parameters
 from utils.halo.penalties import Penalty, make_penalty
@@ -132,6 +132,19 @@ class Experiment:
             return write_outputs(self)
 
 
+def require_same_subject(args: argparse.Namespace, record: Record) -> None:
+    """Raise unless --evaluate names the data set and the network that its checkpoint is of.
+
+    Raises:
+        OptionError: it does not; with the options that do.
+    """
+    same = same_network(record.arch, args.arch) and (record.dataset, record.depth) == (args.dataset, args.depth)
+    if not same:
+        script = ", to mnist/mnist.py" if record.arch in MNIST_ARCHS and args.arch not in MNIST_ARCHS else ""
+        given = f"-d {args.dataset} -a {args.arch}" + (f" --depth {args.depth}" if args.depth else "")
+        raise OptionError(f"{given} is not what {args.resume} is of: give -d {record.dataset} {record.network}{script}")
+
+
 def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experiment] = Experiment) -> dict:
     """Do what the options of a training script say: train, resume, or with --evaluate only evaluate.
 
@@ -157,8 +170,8 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
             begun_from = args.resume or args.start or args.mask
             first = state or (load_checkpoint(begun_from) if begun_from else {})
             record = read_record(state, args.resume) if state else None
-            if args.evaluate and record and record.dataset != args.dataset:
-                raise OptionError(f"-d {args.dataset} is not what {args.resume} is of: give -d {record.dataset}")
+            if args.evaluate and record:
+                require_same_subject(args, record)
             if state:
                 loading.take_image_size(args, state)
             else:

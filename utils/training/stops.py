@@ -100,7 +100,7 @@ def way_to_go_on(run: Experiment) -> Iterator[None]:
     try:
         yield
     except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"epoch {run.epoch + 1}, {error}. {where_to_go_on(run)}") from error
+        raise NonFiniteLossError(f"epoch {run.epoch + 1}, {error}. {what_is_left(run)}") from error
     except KeyboardInterrupt as error:
         raise type(error)(f"stopped. {where_to_go_on(run)}") from error
     except LockedError:
@@ -121,6 +121,15 @@ def way_to_go_on(run: Experiment) -> Iterator[None]:
         if is_lack_of_memory(error) or not (run.args.compile and run.forward.in_first_batch):
             raise
         raise OptionError(f"--compile failed in the backward pass: {one_line(error)}: leave it out") from error
+
+
+def what_is_left(run: Experiment) -> str:
+    """Say what a run that diverged left: the same command would diverge again, and other options are another run."""
+    checkpoint = run.folder / "checkpoint.pth.tar"
+    if not checkpoint.exists():
+        return "Nothing is kept of the run: start it again with other options"
+    again = f"begin again with --overwrite, or from its weights with --start {checkpoint} in another --save_dir"
+    return f"{checkpoint} holds the last finished epoch ({run.epoch}): {again}"
 
 
 def where_to_go_on(run: Experiment) -> str:
