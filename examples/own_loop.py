@@ -95,7 +95,10 @@ def top1(model: nn.Module, images: Dataset) -> float:
 
 def main(args: argparse.Namespace) -> None:
     """Train without and with HALO, prune once, and print a row each."""
-    train_images, test_images = load_data(args.data)
+    try:
+        train_images, test_images = load_data(args.data)
+    except FileNotFoundError as error:
+        sys.exit(f"{error}: --data takes a folder of train/CLASS and test/CLASS")
     classes = len(train_images.classes) if args.data else 10
     shares = "".join(f"{fraction:8.0%}" for fraction in FRACTIONS[1:])
     print(f"top-1 (%)       dense{shares}  of the weights of all convolutions removed")
@@ -115,7 +118,7 @@ def get_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", metavar="DIR", help="folder of train/CLASS and test/CLASS; default: digits")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=2, choices=range(1, 1000), metavar="N", help="1 to 999")
     return parser
 
 

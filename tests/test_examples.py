@@ -99,6 +99,15 @@ def test_own_loop_finds_the_package_and_keeps_more_than_no_penalty(own_loop, cap
         assert halo[2] > 90 > none[2] + 10  # at 0.9, where chance is 10
 
 
+@pytest.mark.parametrize(
+    "options, words", [(["--data", "/nope"], "--data takes a folder"), (["--epochs", "0"], "invalid choice")]
+)
+def test_own_loop_says_what_is_wrong(own_loop, options, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        own_loop.main(own_loop.get_parser().parse_args(options))
+    assert words in f"{stopped.value}{capsys.readouterr().err}"
+
+
 def test_own_loop_takes_folders(own_loop, images, capsys):
     own_loop.main(own_loop.get_parser().parse_args(["--data", str(images), "--epochs", "1"]))
     assert len(rows_of(capsys.readouterr().out)["HALO"]) == len(own_loop.FRACTIONS)

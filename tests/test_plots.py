@@ -144,10 +144,27 @@ def test_a_difference_counts_beyond_the_spread_of_both():
         ),
         ({"HALO": [98.0], "L1": [10.0]}, "at 0.9 removed: no winner is named where n = 1, for nobody knows the spread"),
         ({"HALO": [98.0]}, "at 0.9 removed, HALO has 98.00%"),
+        (
+            {"a": [98.0, 98.2], "b": [97.0, 99.0], "c": [97.1, 98.7], "d": [96, 99]},
+            "at 0.9 removed, no difference beyond the spread: a 98.10%; b 98.00%; c 97.90%; d 97.50%",
+        ),
     ],
 )
 def test_a_title_names_a_winner_only_beyond_the_spread(values, words):
     assert finding([row(m, 0.9, v) for m, v in values.items()] + [row("L1", 0.5, [100, 100])], ratio=0.9) == words
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ({}, "at 0.9 removed, HALO keeps most: 98.10%; L1 failed to learn in 1 of 3"),
+        ({"MCP": [97, 99]}, "no difference beyond the spread: HALO 98.10%; MCP 98.00%; L1 failed to learn in 1 of 3"),
+    ],
+)
+def test_a_method_that_failed_is_not_level(others, words):
+    """Its spread is half of everything, and would reach any other's mean."""
+    rows = [row("HALO", 0.9, [98.0, 98.2]), *(row(m, 0.9, v) for m, v in others.items())]
+    assert finding([*rows, row("L1", 0.9, [97, 97, 10], [False, False, True])], ratio=0.9).endswith(words)
 
 
 def test_a_failed_run_is_left_to_the_median():
@@ -210,7 +227,8 @@ def test_study_draws_seeds_where_they_belong_and_the_close_up_holds_the_title(fi
     drawn_at = np.concatenate([line.get_xdata() for line in close.lines])
     assert close.get_xlim()[1] < drawn_at.min() < 1.2 * (1 - RATIOS[-1])  # the ratio that the title speaks of
     assert drawn_at.max() < close.get_xlim()[0]
-    assert "at 0.995 removed, no difference beyond the spread: HALO 98.00%" in drawn._suptitle.get_text()
+    words = "at 0.995 removed, HALO keeps most: 98.00%; MCP failed to learn in 1 of 3"
+    assert words in drawn._suptitle.get_text()
     assert "failed to learn" in " ".join(text.get_text() for text in drawn.legends[0].get_texts())
 
 

@@ -40,6 +40,8 @@ def beyond_spread(better: Mapping, worse: Mapping) -> bool:
 def finding(rows: Sequence[Mapping], *, ratio: float) -> str:
     """Say which method keeps most at a ratio if it beats each other one beyond the spread, else that none does.
 
+    A method of which a run failed to learn, and whose spread is therefore large, is named apart.
+
     Args:
         rows: `method`, `ratio`, `n`, `top1_mean` and `top1_std` of each method.
         ratio: fraction removed; 0 before pruning.
@@ -52,11 +54,12 @@ def finding(rows: Sequence[Mapping], *, ratio: float) -> str:
     if any(row["n"] < 2 for row in here):
         return f"{where}: no winner is named where n = 1, for nobody knows the spread"
     level = [row for row in here[1:] if not beyond_spread(best, row)]
-    if not level:
-        return f"{where}, {best['method']} keeps most: {best['top1_mean']:.2f}%"
-    names = "; ".join(f"{row['method']} {row['top1_mean']:.2f}%" for row in [best, *level][:3])
-    more = f" and {len(level) - 2} more" if len(level) > 2 else ""
-    return f"{where}, no difference beyond the spread: {names}{more}"
+    failed = [row for row in level if any(row.get("failed", ()))]  # level only because its spread is so large
+    but = "".join(f"; {row['method']} failed to learn in {sum(row['failed'])} of {row['n']}" for row in failed)
+    names = "; ".join(f"{row['method']} {row['top1_mean']:.2f}%" for row in [best, *level] if row not in failed)
+    if len(level) == len(failed):
+        return f"{where}, {best['method']} keeps most: {best['top1_mean']:.2f}%{but}"
+    return f"{where}, no difference beyond the spread: {names}{but}"
 
 
 def middle(row: Mapping) -> float:
