@@ -211,18 +211,22 @@ def refuse_existing(paths: Iterable[Path], *, overwrite: bool, inputs: Iterable[
 
 @contextmanager
 def all_or_none(paths: Iterable[Path]) -> Iterator[None]:
-    """Leave files as they were if the block fails: none new, so that the same command can run again, none replaced."""
-    places = [Path(os.path.realpath(path)) for path in paths]
-    aside = {place: place.with_name(f".{place.name}.before") for place in places if place.exists()}
-    for place, kept in aside.items():
-        place.replace(kept)
+    """Leave files as they were if the block fails: none new, so that the same command can run again, none replaced.
+
+    For its length those that exist have the name .NAME.before, where a process that is killed leaves them.
+    """
+    places, aside = [Path(os.path.realpath(path)) for path in paths], {}
+    there = [place for place in places if place.exists()]
     try:
+        for place in there:
+            aside[place] = place.replace(place.with_name(f".{place.name}.before"))
         yield
     except BaseException:
         for place in places:
-            place.unlink(missing_ok=True)
-        for place, kept in aside.items():
-            kept.replace(place)
+            if place in aside:
+                aside[place].replace(place)
+            elif place not in there:
+                place.unlink(missing_ok=True)
         raise
     for kept in aside.values():
         kept.unlink()

@@ -42,10 +42,8 @@ def _cifar_split(dataset: object) -> Split:
 
 def _downloaded(dataset: Callable[..., object], root: Path) -> list:
     """Return torchvision's training and test images; where nothing can be had, leave no empty folders behind."""
-    new, made = (
-        not root.exists(),
-        [folder for folder in (root / "MNIST" / "raw", root / "MNIST") if not folder.exists()],
-    )
+    new = not root.exists()
+    made = [folder for folder in (root / "MNIST" / "raw", root / "MNIST") if not folder.exists()]
     try:
         return [dataset(str(root), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError):
@@ -59,7 +57,8 @@ def _downloaded(dataset: Callable[..., object], root: Path) -> list:
 
 def _instead(root: Path, name: str) -> str:
     """Return the place to name for a data set where somebody named its own folder in it."""
-    return f"--data {root.parent}" if root.absolute().name == name else "another --data"
+    root = root.absolute()
+    return f"--data {root.parent}" if root.name == name else "another --data"
 
 
 def load_cifar(root: Path, preprocessing: Preprocessing, *, num_classes: int) -> tuple[Split, Split, tuple[str, ...]]:
