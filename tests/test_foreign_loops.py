@@ -536,18 +536,20 @@ def test_decoupled_pulls_with_the_learning_rate_of_each_group():
     [partial(L1, xi=0.1), partial(MCP, xi=0.1, psi=2.0), partial(HALO, xi=0.1, psi=0.1)],
     ids=["l1", "mcp", "halo"],
 )
-@pytest.mark.parametrize("way", ["add_grad_", "decoupled"])
+@pytest.mark.parametrize("way", ["add_grad_", "decoupled", "decoupled, asked before the backward pass"])
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_a_penalty_in_the_loss_and_beside_it_would_count_twice(make, way, set_to_none):
     """Also one that learns nothing; in one way alone it may be in the loss, and change its way later."""
     model = network()
     penalty, optimizer = make(penalized_parameters(model)), torch.optim.SGD(model.parameters(), 0.01)
-    beside = DecoupledLambdaSGD(penalty, weights=optimizer, lr=0.1) if way == "decoupled" else None
+    beside = DecoupledLambdaSGD(penalty, weights=optimizer, lr=0.1) if way != "add_grad_" else None
 
     def step(*, in_loss, apart):
+        if apart and "before" in way:
+            beside.step()
         loss = loss_of(model) + (penalty() if in_loss else 0)
         loss.backward()
-        if apart:
+        if apart and "before" not in way:
             beside.step() if beside else penalty.add_grad_()
         optimizer.step()
         optimizer.zero_grad(set_to_none=set_to_none)
