@@ -16,11 +16,15 @@ from utils.halo import SparseNetwork, shrink
 Call = Callable[[], object]
 
 
-def eager(model: nn.Module, images: Tensor) -> Call:
+def eager(model: nn.Module, images: Tensor, *, layout: torch.memory_format = torch.channels_last) -> Call:
     """Return a call of the network as people run it: fp32, channels_last."""
-    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    images = images.to(memory_format=torch.channels_last)
+    model, images = copy.deepcopy(model).to(memory_format=layout), images.to(memory_format=layout)
     return lambda: model(images)
+
+
+def contiguous(model: nn.Module, images: Tensor) -> Call:
+    """Return a call of the network in the layout that torch has unasked."""
+    return eager(model, images, layout=torch.contiguous_format)
 
 
 def compiled(model: nn.Module, images: Tensor) -> Call:
@@ -87,6 +91,7 @@ def openvino_bf16(model: nn.Module, images: Tensor) -> Call:
 
 ENGINES: dict[str, Callable[[nn.Module, Tensor], Call]] = {
     "torch eager": eager,
+    "torch eager, contiguous": contiguous,
     "torch.compile": compiled,
     "torch bf16": bf16,
     "shrunk, torch eager": shrunk,

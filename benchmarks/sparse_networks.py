@@ -16,8 +16,8 @@ from utils.options import OptionError
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = {  # arch, depth, classes, packed file
     "ResNet-20": ("resnet", 20, 10, "cifar10_resnet20_halo"),
-    "ResNet-50 (6n+2)": ("resnet", 50, 100, None),
-    "VGG-16": ("vgg16_bn", None, 10, None),
+    "ResNet-50 (6n+2)": ("resnet", 50, 100, "cifar100_resnet50_halo"),
+    "VGG-16": ("vgg16_bn", None, 10, "cifar10_vgg16_halo"),
     "LeNet-300-100": ("lenet_300_100", None, 10, "mnist_lenet300_halo"),
     "LeNet-5": ("lenet_5", None, 10, "mnist_lenet5_halo"),
 }
@@ -46,14 +46,15 @@ def pruned_network(name: str, sparsity: float, *, uniform: bool = False) -> tupl
     torch.manual_seed(0)
     model = build_model(arch, classes, depth)
     weights = prunable_weights(model, linear=ARCHS[arch].linear)
-    uniform = uniform or packed is not None
-    shares = dict.fromkeys(weights, 1.0) if uniform else _vgg() if depth is None else _resnet(weights, sparsity)
+    origin, shares = ("the same share a layer", dict.fromkeys(weights, 1.0))
+    if name in SHARES and not uniform:
+        of, shares_of = SHARES[name]
+        origin, shares = f"shares of {of}", shares_of(weights, sparsity)
     mask_(weights, shares, sparsity)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_var.uniform_(0.05, 0.2)
-    masks = "uniform" if uniform else "a HALO VGG-16 of 2 epochs" if depth is None else "HALO's ResNet-20"
-    return model.eval(), f"random masks, shares of {masks}" if not uniform else "random masks, the same share a layer"
+    return model.eval(), f"random masks, {origin}"
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def mask_(weights: dict[str, nn.Parameter], shares: dict[str, float], sparsity: 
         w.view(-1)[order[round(w.numel() * min(1, shares[name] * high)) :]] = 0
 
 
-def _vgg() -> dict[str, float]:
+def _vgg(weights: dict[str, nn.Parameter], sparsity: float) -> dict[str, float]:
     """Return the fraction that global pruning at 0.95 keeps of each layer of results/cifar10_vgg16."""
     layers = json.loads((ROOT / "results/cifar10_vgg16/pruned/prune.json").read_text())["results"][0]["layers"]
     return {layer["name"]: 1 - layer["sparsity"] for layer in layers}
@@ -95,3 +96,6 @@ def _resnet(weights: dict[str, nn.Parameter], sparsity: float) -> dict[str, floa
         one, two = (kept[f"{stage}.{i}.{rest[1]}.weight"] for i in (first, first + 1))
         shares[name] = one + (place - first) * (two - one)
     return shares
+
+
+SHARES = {"ResNet-50 (6n+2)": ("HALO's ResNet-20", _resnet), "VGG-16": ("a HALO VGG-16 of 2 epochs", _vgg)}
