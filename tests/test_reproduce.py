@@ -297,7 +297,7 @@ def test_the_seconds_of_a_gpu_tell_nothing_of_a_machine_without(tmp_path, monkey
     folder = tmp_path / "results" / "replication" / study.name
     (folder / "none" / "plain" / "seed1" / "run").mkdir(parents=True)
     (folder / "table.csv").write_text("method,coefficients,seconds\nnone,,100\n")
-    write_json(folder / "none" / "plain" / "seed1" / "run" / "config.json", {"device": device})
+    write_json(folder / "none" / "plain" / "seed1" / "run" / "summary.json", {"device": device})
     monkeypatch.setattr("utils.studies.progress.REPOSITORY", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert committed_seconds(study) == seconds

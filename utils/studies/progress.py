@@ -25,7 +25,7 @@ def committed_seconds(study: Study) -> float | None:
     """Return the mean seconds of a run in the committed table of a study; None where there is none for this machine."""
     folder = REPOSITORY / "results" / "replication" / study.name
     path = folder / "table.csv"
-    devices = [read_json(config).get("device", "cpu") for config in folder.glob("*/*/seed*/run/config.json")]
+    devices = [read_json(summary).get("device", "cpu") for summary in folder.glob("*/*/seed*/run/summary.json")]
     if not path.exists() or (any("cuda" in device for device in devices) and not torch.cuda.is_available()):
         return None
     with open(path, newline="") as file:

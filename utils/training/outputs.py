@@ -36,6 +36,7 @@ def write_outputs(run: Experiment) -> dict:
         "final": last,
         "best": {"epoch": best["epoch"], top1: best[top1]},
         "seconds": sum(row["seconds"] for row in run.history),
+        "device": str(run.device),
     }
     if not is_main():
         return summary | test_best(run)
