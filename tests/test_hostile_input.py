@@ -72,10 +72,13 @@ def test_a_lam_without_a_square_is_refused_by_the_penalty(kind, value):
 def test_a_folder_that_begins_with_a_dash_gets_a_command_that_works(tiny, monkeypatch, tmp_path, fails, capsys):
     monkeypatch.chdir(tmp_path)
     options = [*tiny[:-2], "--save_dir=-dash"]
-    status, line = fails(*options, "--lr", "1e30")
+    assert "from its weights with --start=-dash/checkpoint.pth.tar in" in fails(*options, "--lr", "1e30")[1]
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.training.experiment.run_epoch", lambda run: signal.raise_signal(signal.SIGINT))
+        status, line = fails(*options, "--overwrite")
     command = shlex.split(line.split("continue with: ")[1])
     args = cifar.get_parser().parse_args(command[2:])
-    assert status == 1 and args.resume == "-dash/checkpoint.pth.tar" and os.path.exists(args.resume)
+    assert status == 130 and args.resume == "-dash/checkpoint.pth.tar" and os.path.exists(args.resume)
     train(*options, "--epochs", 1, "--overwrite")
     command = shlex.split(capsys.readouterr().out.split("next, prune: ")[1])
     assert cifar_prune_iterative.get_parser().parse_args(command[2:]).resume == "-dash/final.pth.tar"

@@ -128,7 +128,8 @@ def what_is_left(run: Experiment) -> str:
     checkpoint = run.folder / "checkpoint.pth.tar"
     if not checkpoint.exists():
         return "Nothing is kept of the run: start it again with other options"
-    again = f"begin again with --overwrite, or from its weights with --start {checkpoint} in another --save_dir"
+    start = shlex.join(option("--start", checkpoint))
+    again = f"begin again with --overwrite, or from its weights with {start} in another --save_dir"
     return f"{checkpoint} holds the last finished epoch ({run.epoch}): {again}"
 
 
