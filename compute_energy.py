@@ -22,7 +22,7 @@ from utils import options, plots
 from utils.files.archive import write_npz
 from utils.files.atomic import atomic_write, printable
 from utils.files.checkpoint import load_checkpoint
-from utils.files.record import read_record, same_network
+from utils.files.record import read_record, same_subject
 from utils.logger import say, warn
 from utils.paths import labels_of
 from utils.run import all_or_none, refuse_existing, run_script, write_json
@@ -57,8 +57,7 @@ def refuse_different(paths: list[str]) -> None:
     records = [(path, record) for path, record in records if record]
     for path, record in records[1:]:
         other, first = records[0]
-        same = (record.dataset, record.depth) == (first.dataset, first.depth)
-        if not (same and same_network(record.arch, first.arch)):
+        if not same_subject(record, first):
             is_of, was_of = (f"-d {its.dataset} {its.network}" for its in (record, first))
             raise options.OptionError(f"{path} is of {is_of}, {other} of {was_of}: measure one at a time")
 

@@ -132,6 +132,11 @@ def same_network(one: str, other: str) -> bool:
     return one == other or (one in ARCHS and ARCHS[one] is ARCHS.get(other))
 
 
+def same_subject(one: Record | argparse.Namespace, other: Record | argparse.Namespace) -> bool:
+    """Tell whether two records, or a record and options, name the same data set and network."""
+    return (one.dataset, one.depth) == (other.dataset, other.depth) and same_network(one.arch, other.arch)
+
+
 def take_from_file(args: argparse.Namespace, state: Mapping, path: str | Path, *, dataset: str | None = None) -> None:
     """Fill the options that name data set and network with what a checkpoint records, in place.
 

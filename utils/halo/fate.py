@@ -27,6 +27,19 @@ class Steps:
         self.w, self.taken, self._handle = w, False, None
         FOLLOWED.add(self)
 
+    def _watch_backward(self) -> None:
+        """Have `_after_backward` called whenever a backward pass has added to the gradient, as long as this lives."""
+        seen = weakref.ref(self)
+
+        def after_backward(_: Tensor) -> None:
+            if steps := seen():
+                steps._after_backward()
+
+        self._handle = self.w.register_post_accumulate_grad_hook(after_backward)
+
+    def _after_backward(self) -> None:
+        """Look at what a backward pass has done."""
+
     def end(self) -> None:
         """Follow it no longer."""
         if self._handle:
@@ -55,14 +68,11 @@ class Entry(Steps):
 
     def __init__(self, w: Tensor) -> None:
         super().__init__(w)
-        self.made, seen, task = False, weakref.ref(self), _current_graph_task_id()
+        self.made, self._task = False, _current_graph_task_id()
+        self._watch_backward()
 
-        def after_backward(_: Tensor) -> None:
-            entry = seen()
-            if entry:
-                entry.made |= _current_graph_task_id() == task
-
-        self._handle = w.register_post_accumulate_grad_hook(after_backward)
+    def _after_backward(self) -> None:
+        self.made |= _current_graph_task_id() == self._task
 
 
 class Fate(Steps):
@@ -79,14 +89,10 @@ class Fate(Steps):
         super().__init__(w)
         self.grad = w.grad
         self.lost = self._reached = self._renewed = False
-        seen = weakref.ref(self)
+        self._watch_backward()
 
-        def after_backward(_: Tensor) -> None:
-            fate = seen()
-            if fate:
-                fate._renewed |= not fate._reached
-
-        self._handle = w.register_post_accumulate_grad_hook(after_backward)
+    def _after_backward(self) -> None:
+        self._renewed |= not self._reached
 
     def _look_closely(self) -> None:
         if self.w.grad is self.grad:

@@ -105,9 +105,7 @@ class LambdaSGD(SGD):
             ValueError: a momentum has not the shape of its lam, or see `torch.optim.Optimizer.load_state_dict`.
         """
         super().load_state_dict(state_dict)
-        for lam, state in self.state.items():
-            if state.get("momentum_buffer") is not None:
-                velocity_of(self, lam)
+        align_momenta_(self)
 
     def __getstate__(self) -> dict:
         """Add to the state of an optimizer what it works on, for copies and pickles."""
@@ -292,6 +290,17 @@ def velocity_of(optimizer: SGD, parameter: Tensor) -> Tensor:
     if buffer is None or buffer.stride() != parameter.stride():
         state["momentum_buffer"] = torch.zeros_like(parameter) if buffer is None else aligned(buffer, parameter)
     return state["momentum_buffer"]
+
+
+def align_momenta_(optimizer: SGD) -> None:
+    """Lay every momentum out as its parameter is: a fused step walks both in the order of memory, on a CPU unchecked.
+
+    Raises:
+        ValueError: one has not the shape of its parameter.
+    """
+    for parameter, state in optimizer.state.items():
+        if state.get("momentum_buffer") is not None:
+            velocity_of(optimizer, parameter)
 
 
 @cache

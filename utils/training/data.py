@@ -42,17 +42,19 @@ def _cifar_split(dataset: object) -> Split:
 
 def _downloaded(dataset: Callable[..., object], root: Path) -> list:
     """Return torchvision's training and test images; where nothing can be had, leave no empty folders behind."""
-    new = not root.exists()
-    made = [folder for folder in (root / "MNIST" / "raw", root / "MNIST") if not folder.exists()]
+    before = _folders(root)
     try:
         return [dataset(str(root), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError):
-        if new and root.is_dir():
-            made = [*sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True), root]
-        for folder in made:
-            with suppress(OSError):  # it was not made, or holds something
+        for folder in sorted(_folders(root) - before, reverse=True):
+            with suppress(OSError):  # it holds something
                 folder.rmdir()
         raise
+
+
+def _folders(root: Path) -> set[Path]:
+    """Return a folder and those in it, as deep as torchvision makes any; empty where it is missing."""
+    return {path for path in (root, *root.glob("*"), *root.glob("*/*")) if path.is_dir()}
 
 
 def _instead(root: Path, name: str) -> str:

@@ -15,7 +15,7 @@ from models import MNIST_ARCHS, check_own_network, takes_linear
 from utils.distributed import is_main, main_first, process_group, processes, rank, replicate
 from utils.files.checkpoint import load_checkpoint, require_savable
 from utils.files.lock import Lock
-from utils.files.record import Record, build_recorded, read_record, recorded_widths, same_network
+from utils.files.record import Record, build_recorded, read_record, recorded_widths, same_subject
 from utils.halo.masks import FixedZeros
 from utils.halo.parameters import penalized_parameters
 from utils.halo.penalties import Penalty, make_penalty
@@ -138,8 +138,7 @@ def require_same_subject(args: argparse.Namespace, record: Record) -> None:
     Raises:
         OptionError: it does not; with the options that do.
     """
-    same = same_network(record.arch, args.arch) and (record.dataset, record.depth) == (args.dataset, args.depth)
-    if not same:
+    if not same_subject(record, args):
         script = ", to mnist/mnist.py" if record.arch in MNIST_ARCHS and args.arch not in MNIST_ARCHS else ""
         given = f"-d {args.dataset} -a {args.arch}" + (f" --depth {args.depth}" if args.depth else "")
         raise OptionError(f"{given} is not what {args.resume} is of: give -d {record.dataset} {record.network}{script}")

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from utils.distributed import gathered, is_main, rank, require_equal
 from utils.files.checkpoint import CheckpointError, load_weights, save_checkpoint
-from utils.halo.memory import aligned
+from utils.halo.lambda_sgd import align_momenta_
 from utils.logger import write_csv
 from utils.options import check_gmp
 from utils.training.fingerprint import check_images, fingerprint
@@ -115,7 +114,7 @@ def _take_parts(run: Experiment, state: dict) -> None:
     saved = [state["optimizer"], state["reg_optimizer"]]
     for optimizer, value in zip(run.optimizers, saved, strict=False):
         optimizer.load_state_dict(value)
-        align_momenta_(optimizer)
+    align_momenta_(run.optimizers[0])  # that of lam does so by itself
     begin_at_rest_(run.optimizers[0])  # a checkpoint of an older version lacks those of blocks that no step has used
     for scheduler, value in zip(run.schedulers, state["schedulers"], strict=True):
         scheduler.load_state_dict(value)
@@ -123,13 +122,6 @@ def _take_parts(run: Experiment, state: dict) -> None:
     restore(run, state)
     run.history = state["history"]
     _set_generators(run, state["rng"])
-
-
-def align_momenta_(optimizer: Optimizer) -> None:
-    """Lay every momentum out as its weight is: a fused step walks both in the order of memory, on a CPU unchecked."""
-    for parameter, state in optimizer.state.items():
-        if state.get("momentum_buffer") is not None:
-            state["momentum_buffer"] = aligned(state["momentum_buffer"], parameter)
 
 
 def _set_generators(run: Experiment, states: dict) -> None:
