@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["cifar", "mnist.mnist", "torch._dynamo"])  # the last is imported by any optimizer
+# The third is imported by any optimizer, the last by -d digits.
+CONTEXT.set_forkserver_preload(["cifar", "mnist.mnist", "torch._dynamo", "sklearn.datasets"])
 
 
 def become(script: Path, options: list[str], environment: dict[str, str], cwd: Path, pipes: tuple[str, str]) -> None:

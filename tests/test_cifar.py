@@ -400,11 +400,12 @@ def test_a_terminal_sees_a_bar_and_a_pipe_does_not(tiny, tmp_path):
 
 def test_kill_nine_at_ten_random_moments_loses_nothing(tiny, tmp_path):
     """The last resume runs to the end and must equal a run that nobody disturbed."""
-    options = [*tiny, *HALO, "--epochs", 60]
+    options = [*tiny, *HALO]
     checkpoint, log = tmp_path / "run" / "checkpoint.pth.tar", tmp_path / "run" / "log.csv"
     moments = random.Random(0)
-    process, seen = Forked(*options), [0]
+    resume, seen = [], [0]
     for _ in range(10):
+        process = Forked(*options, "--epochs", 1000, *resume)
         # However fast the machine is: epochs later, and then anywhere between two ends of epochs.
         goal = seen[-1] + moments.randint(1, 3)
         wait_for(lambda goal=goal: log.exists() and len(rows(log.parent)) >= goal, process)
@@ -414,7 +415,9 @@ def test_kill_nine_at_ten_random_moments_loses_nothing(tiny, tmp_path):
         assert process.returncode == -signal.SIGKILL
         seen.append(load_checkpoint(checkpoint)["epoch"])
         assert seen[-1] >= goal
-        process = Forked(*options, "--resume", checkpoint)
+        resume = ["--resume", checkpoint]
+    options += ["--epochs", seen[-1] + 2]
+    process = Forked(*options, *resume)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     train(*options, "--save_dir", tmp_path / "straight")
