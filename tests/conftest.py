@@ -1,5 +1,6 @@
 """Helpers shared by the tests: small images, and the scripts called as a user calls them."""
 
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -100,6 +101,14 @@ def fails_in(monkeypatch, capsys):
 def fails(fails_in):
     """Call cifar.py with wrong input; return its exit status and the one line it says."""
     return partial(fails_in, cifar)
+
+
+@pytest.fixture
+def heeded():
+    """Have Ctrl-C raise, as in a terminal: a shell that runs the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def start(*options: str, script: str = "cifar.py", **popen) -> subprocess.Popen:

@@ -69,7 +69,7 @@ def test_a_lam_without_a_square_is_refused_by_the_penalty(kind, value):
         kind({"w": torch.ones(2)}, xi=1.0, lambda_init=value, **more)
 
 
-def test_a_folder_that_begins_with_a_dash_gets_a_command_that_works(tiny, monkeypatch, tmp_path, fails, capsys):
+def test_a_folder_that_begins_with_a_dash_gets_a_command_that_works(heeded, tiny, monkeypatch, tmp_path, fails, capsys):
     monkeypatch.chdir(tmp_path)
     options = [*tiny[:-2], "--save_dir=-dash"]
     assert "from its weights with --start=-dash/checkpoint.pth.tar in" in fails(*options, "--lr", "1e30")[1]

@@ -68,14 +68,6 @@ def test_what_is_started_deaf_never_gets_ctrl_c():
     assert not blocked()
 
 
-@pytest.fixture
-def heeded():
-    """Have Ctrl-C raise, as in a terminal: a shell that runs the tests in the background has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_waits_until_the_children_are_started(heeded):
     with pytest.raises(KeyboardInterrupt), deaf_children():
         signal.raise_signal(signal.SIGINT)
