@@ -150,6 +150,8 @@ def pareto(folder: Path, name: str) -> None:
 def study(folder: Path) -> None:
     """Write the tables and figures of a study; the command in its table stays.
 
+    A figure that was not there says nothing yet, such as the one curve of an unfinished study: none is added.
+
     Raises:
         ValueError: its table has no command.
     """
@@ -157,7 +159,10 @@ def study(folder: Path) -> None:
     command = next((line.strip() for line in lines if line.startswith("    ")), None)
     if command is None:
         raise ValueError(f"{folder}/table.md has no command: use another copy")
+    before = {*folder.glob("*.png")}
     write_report(load_study(REPOSITORY / "results" / "studies" / f"{folder.name}.json"), folder, command=command)
+    for figure in {*folder.glob("*.png")} - before:
+        figure.unlink()
 
 
 def controls(folder: Path, name: str) -> None:

@@ -533,6 +533,17 @@ def test_a_study_with_one_figure_is_drawn_again(tmp_path, monkeypatch):
     assert [folder.name for folder in drawn] == ["cifar10_resnet20_short"]
 
 
+def test_redraw_adds_no_figure_to_a_study(tmp_path, monkeypatch):
+    module, folder = redraw(), tmp_path / "cifar10_vgg16"
+    folder.mkdir()
+    for name in ("table.md", "accuracy_vs_sparsity.png"):
+        (folder / name).write_text("    python reproduce.py\n")
+    drawn = ("accuracy_vs_sparsity.png", "pareto.png")
+    monkeypatch.setattr(module, "write_report", lambda *_, **__: [(folder / name).write_text("new") for name in drawn])
+    module.study(folder)
+    assert [path.read_text() for path in folder.glob("*.png")] == ["new"]
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [("regularization.npz", b""), ("regularization.npz", b"PK"), ("log.csv", b""), ("log.csv", b"epoch\n")],
