@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import signal
+from contextlib import suppress
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import reproduce
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.halo.penalties import HALO, L1
 from utils.plot_methods import plot_comparison
-from utils.run import read_json, write_json
+from utils.run import all_or_none, read_json, write_json
 from utils.studies.measurements import read_log, read_measurement
 
 LOST = os.fsdecode(b"x\xff$x^{")  # no UTF-8, and half a formula
@@ -82,6 +83,38 @@ def test_a_folder_that_begins_with_a_dash_gets_a_command_that_works(heeded, tiny
     train(*options, "--epochs", 1, "--overwrite")
     command = shlex.split(capsys.readouterr().out.split("next, prune: ")[1])
     assert cifar_prune_iterative.get_parser().parse_args(command[2:]).resume == "-dash/final.pth.tar"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_killed_process_set_aside_is_what_was_there(tmp_path, fails):
+    """It was killed when it had written half of `first`; `second` was still to come, `third` it did not have."""
+    for name, content in (("first", "half"), (".first.before", "old"), (".second.before", "old"), ("third", "old")):
+        (tmp_path / name).write_text(content)
+    paths = [tmp_path / name for name in ("first", "second", "third", "fourth")]
+    with suppress(OSError), all_or_none(paths):
+        for path in paths:
+            path.write_text("new")
+        if fails:
+            raise OSError
+    expected = dict.fromkeys(["first", "second", "third"], "old") if fails else {path.name: "new" for path in paths}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == expected
+
+
+def test_an_output_that_cannot_be_set_aside_stays(tmp_path, monkeypatch):
+    first, second = paths = [tmp_path / "first", tmp_path / "second"]
+    for path in paths:
+        path.write_text("old")
+    replace = type(first).replace
+
+    def refuse(path, target):
+        if path == second:
+            raise OSError
+        return replace(path, target)
+
+    monkeypatch.setattr(type(first), "replace", refuse)
+    with pytest.raises(OSError), all_or_none(paths):
+        pytest.fail("an output was to be lost")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"first": "old", "second": "old"}
 
 
 def test_a_loop_of_links_is_no_checkpoint(tiny, tmp_path, fails):

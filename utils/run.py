@@ -213,23 +213,25 @@ def refuse_existing(paths: Iterable[Path], *, overwrite: bool, inputs: Iterable[
 def all_or_none(paths: Iterable[Path]) -> Iterator[None]:
     """Leave files as they were if the block fails: none new, so that the same command can run again, none replaced.
 
-    For its length those that exist have the name .NAME.before, where a process that is killed leaves them.
+    For its length those that exist have the name .NAME.before. A process that is killed leaves them there; the next
+    with the same outputs takes them, not what the killed one wrote in part, for what was.
     """
-    places, aside = [Path(os.path.realpath(path)) for path in paths], {}
-    there = [place for place in places if place.exists()]
+    kept = {place: place.with_name(f".{place.name}.before") for place in map(Path, map(os.path.realpath, paths))}
+    there = [place for place in kept if place.exists()]
     try:
         for place in there:
-            aside[place] = place.replace(place.with_name(f".{place.name}.before"))
+            if not kept[place].exists():
+                place.replace(kept[place])
         yield
     except BaseException:
-        for place in places:
-            if place in aside:
-                aside[place].replace(place)
+        for place, before in kept.items():
+            if before.exists():
+                before.replace(place)
             elif place not in there:
                 place.unlink(missing_ok=True)
         raise
-    for kept in aside.values():
-        kept.unlink()
+    for before in kept.values():
+        before.unlink(missing_ok=True)
 
 
 def clear_run(folder: Path) -> None:
