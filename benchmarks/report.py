@@ -100,4 +100,4 @@ def overtaking(points: Sequence[tuple[float, float]]) -> str:
     if not beyond:
         return f"slower at {a:.0%} too"
     b, high = beyond[0]
-    return f"faster from {a + (b - a) * (1 - low) / (high - low):.2f} on"
+    return f"faster from {a + (b - a) * (1 - low) / (high - low):.0%} on"

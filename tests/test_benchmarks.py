@@ -29,8 +29,8 @@ def test_a_time_is_that_of_one_call(monkeypatch):
     ("points", "words"),
     [
         ([(0, 1.5), (0.5, 2)], "faster throughout"),
-        ([(0, 0.5), (0.5, 0.75), (0.9, 1.75)], "faster from 0.60 on"),
-        ([(0, 1.5), (0.5, 0.5), (0.9, 1.5)], "faster from 0.70 on"),  # the last crossing counts
+        ([(0, 0.5), (0.5, 0.75), (0.9, 1.75)], "faster from 60% on"),
+        ([(0, 1.5), (0.5, 0.5), (0.9, 1.5)], "faster from 70% on"),  # the last crossing counts
         ([(0, 0.5), (0.99, 0.9)], "slower at 99% too"),
     ],
 )

@@ -140,7 +140,7 @@ def test_a_difference_counts_beyond_the_spread_of_both():
         ({"HALO": [98.0, 98.2], "L1": [90.0, 91.0]}, "at 0.9 removed, HALO keeps most: 98.10%"),
         (
             {"HALO": [98.0, 98.2], "L1": [97.0, 99.0], "none": [10, 11]},
-            "at 0.9 removed, no difference beyond the spread: HALO 98.10%; L1 98.00%",
+            "at 0.9 removed, level at the top, within the spread: HALO 98.10%; L1 98.00%",
         ),
         ({"HALO": [98.0], "L1": [10.0]}, "at 0.9 removed: no winner is named where n = 1, for nobody knows the spread"),
         ({"HALO": [98.0]}, "at 0.9 removed, HALO has 98.00%"),
@@ -374,7 +374,9 @@ def test_no_rank_correlation_of_lam_that_are_all_the_same(low, high, correlation
     assert plot_lambda.regularization_title(last).endswith(words)
 
 
-@pytest.mark.parametrize("spread", [1e-5, 0.1, 3.0], ids=["equal", "narrow", "wide"])
+@pytest.mark.parametrize(
+    "spread", [1e-5, 0.1, 0.5, 0.7, 1.2, 1.49, 3.0], ids=["equal", "narrow", "2.7", "4.1", "11", "19.7", "wide"]
+)
 def test_regularization_is_readable_whatever_lam_spans(figure, spread):
     random = np.random.default_rng(2)
     weights = 10 ** random.uniform(-8, 0, 5000)
@@ -384,6 +386,9 @@ def test_regularization_is_readable_whatever_lam_spans(figure, spread):
     assert_readable(drawn)
     low, high = drawn.axes[1].get_xlim()
     assert low == pytest.approx(lambdas.min(), rel=1e-6) and high == pytest.approx(lambdas.max(), rel=1e-6)
+    ticks = [low, *(tick for tick in drawn.axes[1].get_xticks() if low < tick < high), high]
+    parts = np.diff(np.log(ticks)) / np.log(high / low)
+    assert parts.max() < 0.52, "most of the axis has no number"
     if spread == 3.0:
         assert "lam at rest: where its gradient is zero" in drawn.legends[0].get_texts()[0].get_text()
         (line,) = drawn.axes[2].lines

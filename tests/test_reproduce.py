@@ -310,6 +310,28 @@ def test_a_study_that_cannot_begin_leaves_no_tables(tmp_path, fails_in, jobs_her
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["log.txt"]
 
 
+VAL = {"images": "val", "scheme": "global"}
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        ("val", {"images": "test"}),
+        ("val", {"scheme": "random"}),
+        ("test", {"images": "val"}),
+        ("test_random", {"scheme": "global"}),
+    ],
+)
+def test_nothing_is_chosen_or_reported_by_other_images_or_another_scheme(done, tmp_path, fails_in, place, change):
+    path, out = done
+    shutil.copytree(out, tmp_path / "out")
+    report = min((tmp_path / "out").glob(f"*/*/seed1/{place}/prune.json"))
+    write_json(report, read_json(report) | change)
+    key, value = next(iter(change.items()))
+    status, line = fails_in(reproduce, path, "--data", "unused", "--out", tmp_path / "out", "--dry_run")
+    assert status == 1 and f"{report} has {key} {value}, not " in line and line.endswith(": remove it")
+
+
 def test_a_choice_is_by_the_mean_of_the_tuning_seeds(tmp_path):
     """0.5: the best with seed 1 is not the best of both. 0.95: it diverged with seed 2, and is out."""
     grid = {"penalty": "l1", "grid": {"xi": [1e-4, 1e-3]}}
@@ -320,7 +342,7 @@ def test_a_choice_is_by_the_mean_of_the_tuning_seeds(tmp_path):
         folder = run_folder(tmp_path, config, seed) / "val"
         folder.mkdir(parents=True)
         results = [{"asked": ratio, "after": {"top1": accuracy + ratio}} for ratio in study.percent]
-        (folder / "prune.json").write_text(json.dumps({"before": {"top1": accuracy}, "results": results}))
+        write_json(folder / "prune.json", VAL | {"before": {"top1": accuracy}, "results": results})
     assert held_out_accuracy(study, tmp_path, first) == {0.0: 80, 0.5: 80.5, 0.95: pytest.approx(80.95)}
     assert choose(study, tmp_path) == {"L1": {0.5: second, 0.95: second}}
     (run_folder(tmp_path, second, 2) / "val" / "prune.json").unlink()

@@ -118,7 +118,8 @@ def _scale(axis: Axis, edges: np.ndarray) -> None:
     if edges[-1] >= 20 * edges[0]:
         axis.set_major_locator(LogLocator(numticks=6))
         return
-    ticks = MaxNLocator(4).tick_values(edges[0], edges[-1])
+    locator = LogLocator(subs=(1, 2, 5)) if edges[-1] >= 4 * edges[0] else MaxNLocator(4)
+    ticks = locator.tick_values(edges[0], edges[-1])
     axis.set_major_locator(FixedLocator([tick for tick in ticks if edges[0] <= tick <= edges[-1]]))
     axis.set_major_formatter(lambda value, _: f"{value:.3g}")
 

@@ -38,7 +38,7 @@ def beyond_spread(better: Mapping, worse: Mapping) -> bool:
 
 
 def finding(rows: Sequence[Mapping], *, ratio: float) -> str:
-    """Say which method keeps most at a ratio if it beats each other one beyond the spread, else that none does.
+    """Say which method keeps most at a ratio if it beats each other one beyond the spread, else which are level.
 
     A method of which a run failed to learn, and whose spread is therefore large, is named apart.
 
@@ -59,7 +59,9 @@ def finding(rows: Sequence[Mapping], *, ratio: float) -> str:
     names = "; ".join(f"{row['method']} {row['top1_mean']:.2f}%" for row in [best, *level] if row not in failed)
     if len(level) == len(failed):
         return f"{where}, {best['method']} keeps most: {best['top1_mean']:.2f}%{but}"
-    return f"{where}, no difference beyond the spread: {names}{but}"
+    level_all = len(level) + 1 == len(here)
+    level_names = "no difference beyond the spread" if level_all else "level at the top, within the spread"
+    return f"{where}, {level_names}: {names}{but}"
 
 
 def middle(row: Mapping) -> float:

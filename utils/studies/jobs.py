@@ -14,7 +14,7 @@ from utils.files.lock import folder_lock, wait_for
 from utils.logger import say
 from utils.run import read_json, write_json
 from utils.stages.prune import prune_and_evaluate
-from utils.studies.measurements import read_measurement, read_summary
+from utils.studies.measurements import read_measured, read_summary
 from utils.studies.methods import Config
 from utils.studies.study import CONTROLS, Study, choose, pruning_arguments, run_folder, training_arguments
 from utils.training.epoch import NonFiniteLossError
@@ -219,7 +219,7 @@ def require_same_study(jobs: Iterable[Job]) -> None:
 
 def is_measured(folder: Path, percent: tuple[float, ...]) -> bool:
     """Return whether a folder holds the accuracies at all of these ratios."""
-    report = read_measurement(folder / "prune.json")
+    report = read_measured(folder)
     return report is not None and {r["asked"] for r in report["results"]} >= set(percent)
 
 

@@ -51,6 +51,24 @@ def read_measurement(path: str | Path, *, need: Iterable[str] = ()) -> dict | No
     return report
 
 
+def read_measured(folder: Path, *, need: Iterable[str] = ()) -> dict | None:
+    """Do what `read_measurement` does for a folder of a study, which is named after what was measured.
+
+    Args:
+        folder: `val` of the held-out images, `test` of the test images, `test_random` of another scheme on them.
+        need: as in `read_measurement`.
+
+    Raises:
+        ValueError: it is damaged, or of other images or another scheme: nothing may be chosen on the test images.
+    """
+    report = read_measurement(folder / "prune.json", need=need)
+    images, _, scheme = folder.name.partition("_")
+    for key, value in {"images": images, "scheme": scheme or "global"}.items():
+        if report is not None and report.get(key) != value:
+            raise ValueError(f"{folder / 'prune.json'} has {key} {report.get(key)}, not {value}: remove it")
+    return report
+
+
 def _has_top1(value: object) -> bool:
     return isinstance(value, Mapping) and is_number(value.get("top1"), high=100)
 

@@ -11,7 +11,7 @@ from utils.files.atomic import write_text
 from utils.logger import duration, say, write_csv
 from utils.plot_methods import failed_to_learn, plot_pareto, plot_study
 from utils.studies.jobs import final_jobs, require_same_study, tuning_jobs
-from utils.studies.measurements import SAVED, read_measurement, read_summary
+from utils.studies.measurements import SAVED, read_measured, read_summary
 from utils.studies.methods import Config
 from utils.studies.study import CONTROLS, Study, choose, held_out_accuracy, on_edge, run_folder
 
@@ -41,7 +41,7 @@ def final_rows(study: Study, out: Path, *, scheme: str = "global") -> list[dict]
 
 def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float) -> dict | None:
     folder = run_folder(out, config, seed)
-    report = read_measurement(folder / ("test" if scheme == "global" else f"test_{scheme}") / "prune.json", need=SAVED)
+    report = read_measured(folder / ("test" if scheme == "global" else f"test_{scheme}"), need=SAVED)
     result = next((r for r in (report or {"results": []})["results"] if r["asked"] == ratio), None)
     parts = [run_folder(out, part, seed) for part in (config, config.before) if part]
     if result is None or any(map(_in_training, parts)):
@@ -179,7 +179,7 @@ def held_out_points(study: Study, out: Path) -> dict[str, list[tuple[float, floa
     """Return every tuned run at every ratio, and dense: multiply-adds left as a fraction, and top-1."""
     points: dict[str, list[tuple[float, float]]] = {method: [] for method in study.methods}
     for job in tuning_jobs(study, out, ""):
-        report = read_measurement(job.measurement("global") / "prune.json", need=SAVED)
+        report = read_measured(job.measurement("global"), need=SAVED)
         if report is not None:
             dense = [(1.0, report["before"]["top1"])] if job.config.ratio is None else []
             pruned = [(r["macs_nonzero"] / r["macs_dense"], r["after"]["top1"]) for r in report["results"]]

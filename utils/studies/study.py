@@ -13,7 +13,7 @@ from utils.files.texts import parse_json
 from utils.halo.pruning import SCHEMES
 from utils.options import OptionError
 from utils.studies.checks import check_content
-from utils.studies.measurements import read_accuracies
+from utils.studies.measurements import accuracies_of, read_measured
 from utils.studies.methods import Config, configs_of
 from utils.training.data import datasets_of
 
@@ -199,9 +199,10 @@ def held_out_accuracy(study: Study, out: Path, config: Config) -> dict[float, fl
     """
     found: dict[float, float] = {}
     for run, ratios in config.runs(study.percent).items():
-        seeds = [read_accuracies(run_folder(out, run, seed) / "val" / "prune.json") for seed in study.tune_seeds]
+        reports = [read_measured(run_folder(out, run, seed) / "val") for seed in study.tune_seeds]
+        seeds = [accuracies_of(report) for report in reports if report is not None]
         own = (0.0, *ratios) if run.ratio is None else ratios
-        if all(accuracies.keys() >= {*own} for accuracies in seeds):
+        if len(seeds) == len(reports) and all(accuracies.keys() >= {*own} for accuracies in seeds):
             found |= {ratio: mean(accuracies[ratio] for accuracies in seeds) for ratio in own}
     return found
 

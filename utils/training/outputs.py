@@ -58,7 +58,8 @@ def write_outputs(run: Experiment) -> dict:
 
 def _name(arguments: Mapping) -> str:
     network = with_depth(arguments["arch"], arguments["depth"])
-    return "{dataset}, {}, penalty {penalty}, seed {seed}".format(network, **arguments)
+    coefficients = "".join(f", {key} {arguments[key]:g}" for key in ("xi", "psi") if arguments[key] is not None)
+    return "{dataset}, {}, penalty {penalty}{}, seed {seed}".format(network, coefficients, **arguments)
 
 
 def draw_curves(folder: Path, history: Sequence[dict], arguments: Mapping) -> None:
