@@ -23,6 +23,7 @@ from utils.halo.penalties import HALO, L1
 from utils.plot_methods import plot_comparison
 from utils.run import all_or_none, read_json, write_json
 from utils.studies.measurements import read_log, read_measurement
+from utils.training.row import run_epoch
 
 LOST = os.fsdecode(b"x\xff$x^{")  # no UTF-8, and half a formula
 REPORT = {
@@ -273,6 +274,66 @@ def test_the_best_network_of_epochs_that_are_trained_anew_goes(finished, images,
     save_checkpoint(folder / "model_best.pth.tar", best | {"epoch": 7})
     train(*options, "--resume", folder / "older.pth.tar", "--save_dir", folder)
     assert not (folder / "model_best.pth.tar").exists()
+
+
+def test_a_missing_best_network_is_noticed_before_the_training(finished, images, tmp_path, fails):
+    options = ["-d", "folder", "--data", str(images), *TINY, "--halo", "--val_split", "6", "--epochs", 3]
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    state = load_checkpoint(folder / "checkpoint.pth.tar")
+    for row, top1 in zip(state["history"], (90.0, 10.0), strict=True):
+        row["val_top1"] = top1
+    state["config"]["no_test"] = False
+    save_checkpoint(folder / "checkpoint.pth.tar", state)
+    status, line = fails(*options, "--save_dir", folder, "--resume", folder / "checkpoint.pth.tar")
+    assert status == 1 and "model_best.pth.tar with the best epoch so far (1) is not beside" in line
+    assert load_checkpoint(folder / "checkpoint.pth.tar")["epoch"] == 2 and (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize(("name", "epoch"), [("checkpoint.pth.tar", 1), ("model_best.pth.tar", 2)])
+def test_a_full_disk_leaves_a_checkpoint_and_its_best_network(images, tmp_path, fails, monkeypatch, name, epoch):
+    """The second epoch is the best, and its first or its second file cannot be written."""
+    options = ["-d", "folder", "--data", str(images), *TINY, "--val_split", "6"]
+    options += ["--save_dir", str(tmp_path / "run")]
+    monkeypatch.setattr("utils.training.experiment.Experiment.best", property(lambda run: (run.history or [None])[-1]))
+
+    def save(path, state):
+        if path.name == name and state["epoch"] == 2:
+            raise OSError("No space left on device")
+        save_checkpoint(path, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.training.state.save_checkpoint", save)
+        status, line = fails(*options)
+    checkpoint, best = (tmp_path / "run" / file for file in ("checkpoint.pth.tar", "model_best.pth.tar"))
+    assert status == 1 and f"holds the last finished epoch ({epoch}); continue with" in line
+    assert load_checkpoint(checkpoint)["epoch"] == epoch and load_checkpoint(best)["epoch"] == 1
+    summary = train(*options, "--resume", checkpoint)
+    assert summary["best"]["epoch"] == summary["test_of_best"]["epoch"] == load_checkpoint(best)["epoch"] == 2
+
+
+def test_a_finished_run_that_is_extended_and_stopped_is_not_finished(
+    heeded, finished, images, tmp_path, fails, monkeypatch
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    options = ["-d", "folder", "--data", str(images), *TINY, "--halo", "--val_split", "6", "--no_test", "--epochs", 4]
+
+    def third(run):
+        return run_epoch(run) if run.epoch == 2 else signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("utils.training.experiment.run_epoch", third)
+    status, line = fails(*options, "--save_dir", folder, "--resume", folder / "checkpoint.pth.tar")
+    left = {"config.json", "log.csv", "init.pth.tar", "checkpoint.pth.tar", "model_best.pth.tar"}
+    assert status == 130 and "finished epoch (3)" in line and {path.name for path in folder.iterdir()} == left
+
+
+def test_a_loss_that_is_nan_on_the_held_out_images_alone_is_one_line(tiny, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr("utils.training.row.evaluate", lambda *_, **__: {"loss": float("nan"), "top1": 9, "top5": 50})
+    status, line = fails(*tiny)
+    assert (
+        status == 1 and "epoch 1, the test loss after it is nan: lower --lr. " in line and "finished epoch (0)" in line
+    )
 
 
 DAMAGED = {

@@ -371,6 +371,9 @@ def test_fine_tuning_treats_images_and_layers_as_the_file_says(here, images, cap
     assert tuned["preprocessing"]["shape"][1:] in ([20, 20], (20, 20))
     train(*where, "--start", pruned, "--mask", pruned, "--image_size", 24, "--padding", 1, "--save_dir", "other")
     assert load_checkpoint("other/final.pth.tar")["config"]["image_size"] == 24
+    train(*where, "--mask", pruned, "--save_dir", "masked")
+    config = load_checkpoint("masked/final.pth.tar")["config"]
+    assert (config["linear"], config["image_size"], config["padding"]) == (True, 20, 2)
 
 
 def test_energies_of_runs_with_and_without_linear_layers_are_not_compared(here, images, fails_in, capsys):

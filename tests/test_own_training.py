@@ -2,6 +2,8 @@
 
 import importlib
 import random
+import shlex
+import signal
 import sys
 
 import numpy as np
@@ -61,6 +63,18 @@ class Masked(Auxiliary):
     def forward(self, x):
         return self.last(x)
 
+class Wrapped(nn.Module):
+    # a table that is kept from batch to batch, and a part of the name that DataParallel gives
+    def __init__(self, num_classes):
+        super().__init__()
+        self.module, self.table = nn.Conv2d(3, 3, 3, padding=1), torch.zeros(0)
+        self.last = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
+
+    def forward(self, x):
+        if len(self.table) < len(x):
+            self.table = torch.linspace(1, 2, 16).repeat(len(x), 3, 16, 1)
+        return self.last(self.module(x) * self.table[: len(x)])
+
 def normalised(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4), nn.BatchNorm1d(4), nn.Linear(4, num_classes))
 
@@ -118,6 +132,28 @@ def test_a_checkpoint_without_the_momenta_of_a_skipped_block_goes_on(options, tm
     save_checkpoint(path, state)
     train(*options, "--epochs", 2, "--save_dir", tmp_path / "run", "--resume", path)
     assert len(load_checkpoint(path)["optimizer"]["state"]) == len(names)
+
+
+def test_a_network_with_a_table_and_a_part_called_module_trains_and_goes_on(options, tmp_path):
+    """It is evaluated with larger batches than it is trained with, so that the table is made there."""
+    options += ["-a", "odd_nets:Wrapped", "--train_batch", 3, "--val_split", 6, "--save_dir", tmp_path / "run"]
+    train(*options, "--epochs", 2)
+    checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
+    assert "module.weight" in load_checkpoint(checkpoint)["state_dict"]
+    assert train(*options, "--epochs", 3, "--resume", checkpoint)["final"]["epoch"] == 3
+
+
+def test_the_command_to_go_on_after_start_is_one_that_works(heeded, options, tmp_path, fails, monkeypatch):
+    options += ["-a", "odd_nets:Skips", "--save_dir"]
+    train(*options, tmp_path / "first", "--linear", "--padding", 2, "--epochs", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.training.experiment.run_epoch", lambda run: signal.raise_signal(signal.SIGINT))
+        start = ["--epochs", 1, "--start", tmp_path / "first" / "final.pth.tar"]
+        line = fails(*options, tmp_path / "second", *start)[1]
+    command = shlex.split(line.split("continue with: ")[1])[2:]
+    assert "--linear" not in command and "--start" not in command
+    config = train(*command)["arguments"]
+    assert (config["linear"], config["padding"], config["image_size"]) == (True, 2, 16)
 
 
 def odd_network(name):

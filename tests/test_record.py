@@ -211,15 +211,17 @@ def test_the_size_of_the_images_is_that_of_the_checkpoint(run, images, tmp_path)
     assert state["config"]["image_size"] == 24 and state["preprocessing"]["shape"] == [3, 24, 24]
 
 
-def test_classes_of_a_known_data_set_may_have_any_names(run, images):
-    """Its folders may be called 0 to 9, and torchvision's archive has names."""
+def test_classes_of_a_known_data_set_may_have_any_names_but_a_note_says_so(run, images, capsys):
+    """Its folders may be called 0 to 9, and torchvision's archive has names. Their order is that of the names."""
     state = load_checkpoint(run / "final.pth.tar")
     data = load_dataset("folder", images)
     state["class_names"] = ["a", "b", "c"]
     with pytest.raises(CheckpointError, match="a class was called 'a' and is 'class0'"):
         check_classes(data, state, "x")
     state["config"]["dataset"] = "cifar10"
+    capsys.readouterr()
     check_classes(data, state, "x")
+    assert "note: x: a class was called 'a' and is 'class0'; its outputs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["final.pth.tar", "pruned/pruned_0.5.pth.tar", "small.halo"])

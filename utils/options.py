@@ -159,7 +159,8 @@ def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], i
     """
     resolve_depth_option(args, depth_of)
     if args.dataset == "folder":
-        args.image_size = args.image_size or (None if args.resume or args.start else 32)  # None: what the file has
+        from_file = args.resume or args.start or args.mask
+        args.image_size = args.image_size or (None if from_file else 32)  # None: what the file has
     elif args.image_size is not None:
         raise OptionError(f"--image_size is for -d folder: the images of {args.dataset} have one size")
     coefficients = PENALTIES[args.penalty]

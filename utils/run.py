@@ -26,11 +26,11 @@ from utils.logger import show_warnings_as_notes
 from utils.options import OptionError
 from utils.paths import REPOSITORY, labels_of, portable_arguments
 
-RUN_FILES = """
-    config.json log.csv summary.json curves.png regularization.png regularization.npz
-    init.pth.tar checkpoint.pth.tar model_best.pth.tar final.pth.tar
+END_FILES = """
+    summary.json final.pth.tar curves.png regularization.png regularization.npz
     train_accs.npy train_losses.npy test_accs.npy test_losses.npy conv_params.npy reg_params.npy
-""".split()
+""".split()  # that the end of a run writes
+RUN_FILES = [*"config.json log.csv init.pth.tar checkpoint.pth.tar model_best.pth.tar".split(), *END_FILES]
 
 
 def run_script(

@@ -46,7 +46,7 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
         map_location: device of the tensors.
 
     Returns:
-        The dict, with at least `state_dict`, whose keys have lost a `module.` prefix (DataParallel).
+        The dict, with at least `state_dict`, whose keys in files of others have lost a `module.` prefix (DataParallel).
 
     Raises:
         CheckpointError: the file is missing, truncated or damaged (a byte that was changed is noticed), would run code,
@@ -71,7 +71,8 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     for key in ("config", "pruning"):  # a file of others may have something else by these names
         if not isinstance(state.get(key), Mapping):
             state.pop(key, None)
-    tensors = {key.removeprefix("module."): value for key, value in state["state_dict"].items()}
+    prefix = "" if "arch" in state.get("config", {}) else "module."  # ours has none, and a network may have a `module`
+    tensors = {key.removeprefix(prefix): value for key, value in state["state_dict"].items()}
     return state | {"state_dict": {name: value.to(map_location) for name, value in tensors.items()}}
 
 

@@ -168,7 +168,7 @@ def smallest_lambda(penalty: Penalty, zeros: FixedZeros | None = None) -> float 
     return smallest if free else None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference_mode would make what a network keeps useless for training
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device) -> dict[str, float]:
     """Evaluate a network.
 

@@ -67,6 +67,7 @@ class Experiment:
         self.generator = generator
         self.folder = Path(args.save_dir)
         self.history: list[dict] = []  # the rows of log.csv
+        self.saved: int | None = None  # the epoch that checkpoint.pth.tar holds, where it is there
         self.held_out = "val" if args.val_split else "test"
         loader = partial(loading.make_loader, data, device=device, arch=args.arch)
         self.train_loader = loader("train", batch_size=args.train_batch, generator=generator)
@@ -172,7 +173,7 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
             if args.evaluate and record:
                 require_same_subject(args, record)
             if state:
-                loading.take_image_size(args, state)
+                loading.take_from_resumed(args, state)
             else:
                 loading.take_from_start(args, first, begun_from)
             data = loading.load_images(args, record)

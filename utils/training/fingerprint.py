@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from utils.files.checkpoint import CheckpointError
+from utils.logger import warn
 
 if TYPE_CHECKING:
     from utils.training.dataset import Dataset
@@ -69,16 +70,19 @@ def check_images(
 def check_classes(data: Dataset, state: Mapping, path: str | Path) -> None:
     """Raise if the classes of a folder of images are not those of a network; a file of others, or older, does not tell.
 
-    Those of the data sets known by name are the same whatever their folders are called.
+    Those of the data sets known by name may be called otherwise in class folders, as long as their order is the same.
 
     Raises:
         CheckpointError: with what differs.
     """
     names, config, now = state.get("class_names"), state.get("config"), list(data.classes)
-    own = isinstance(config, Mapping) and config.get("dataset") == "folder"
-    if own and names is not None and list(names) != now:
-        one, other = next((a, b) for a, b in zip_longest(names, now, fillvalue="missing") if a != b)
-        raise _other_images(path, f"a class was called {one!r} and is {other!r}")
+    if not isinstance(config, Mapping) or names is None or list(names) == now:
+        return
+    one, other = next((a, b) for a, b in zip_longest(names, now, fillvalue="missing") if a != b)
+    differs = f"a class was called {one!r} and is {other!r}"
+    if config.get("dataset") == "folder":
+        raise _other_images(path, differs)
+    warn(f"{path}: {differs}; its outputs are meant in the order of its names, and folders are read in that of theirs")
 
 
 def _other_images(path: str | Path, differs: str) -> CheckpointError:

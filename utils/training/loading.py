@@ -49,12 +49,21 @@ def load_images(args: argparse.Namespace, record: Record | None) -> Dataset:
     return load_dataset(args.dataset, args.data, **options, **augmentation)
 
 
-def take_image_size(args: argparse.Namespace, state: Mapping) -> None:
-    """Let what goes on from a checkpoint have the size of its images where the options name none, in place."""
+def take_from_resumed(args: argparse.Namespace, state: Mapping) -> None:
+    """Let what goes on from a checkpoint have the size of its images where the options name none, in place.
+
+    What else the run has had from the file of --start or --mask, which the command to go on does not name, it keeps.
+    """
+    config = state.get("config", {"image_size": 32})
     if args.dataset == "folder" and args.image_size is None:
-        config = state.get("config")
-        size = config.get("image_size") if isinstance(config, Mapping) else 32
+        size = config.get("image_size")
         args.image_size = size if isinstance(size, int) else None
+    if not (config.get("start") or config.get("mask")):
+        return
+    if args.padding is None and type(config.get("padding")) is int:
+        args.padding = config["padding"]
+    if ":" in args.arch and config.get("linear") is True:
+        args.linear = True
 
 
 def take_from_start(args: argparse.Namespace, state: Mapping, path: str) -> None:

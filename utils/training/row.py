@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from statistics import median
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import torch
 from utils.distributed import average_buffers_, rank
 from utils.logger import BatchBar, clock
 from utils.seeds import seed_others
-from utils.training.epoch import evaluate, train_one_epoch
+from utils.training.epoch import NonFiniteLossError, evaluate, train_one_epoch
 from utils.training.meters import Metrics
 from utils.training.statistics import near_zero, penalty_statistics
 from utils.training.zeros import sparsity
@@ -71,6 +72,8 @@ def run_epoch(run: Experiment) -> dict:
     for scheduler in run.schedulers:
         scheduler.step()
     held_out = evaluate(run.model, run.held_out_loader, device=run.device)
+    if not math.isfinite(held_out["loss"]):
+        raise NonFiniteLossError(f"the {run.held_out} loss after it is {held_out['loss']}: lower --lr")
     with torch.no_grad():
         penalty = run.penalty().item()
     return {

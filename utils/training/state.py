@@ -13,6 +13,7 @@ from utils.files.checkpoint import CheckpointError, load_weights, save_checkpoin
 from utils.halo.lambda_sgd import align_momenta_
 from utils.logger import write_csv
 from utils.options import check_gmp
+from utils.run import END_FILES
 from utils.training.fingerprint import check_images, fingerprint
 from utils.training.optimizers import begin_at_rest_
 from utils.training.resume import check_parts, damaged, usable
@@ -163,10 +164,10 @@ def check_same_run(run: Experiment, state: dict, path: str | Path) -> None:
 
 
 def save_state(run: Experiment) -> None:
-    """Write the best model, the checkpoint and the log, each atomically, after a look at the other processes.
+    """Write the checkpoint, the best model and the log, each atomically, after a look at the other processes.
 
-    The checkpoint is written after the best model: killed between the two, a resumed run repeats the epoch and
-    writes the same best model again. log.csv follows from the checkpoint's history.
+    The checkpoint comes first, for the others follow from it: `stops.begin_folder` writes those that a kill left out.
+    What an earlier end of the run has written is removed, for it is the end no more.
     """
     require_equal(run.penalty.lambdas, "lam")
     require_equal(run.model.state_dict(), "the network")
@@ -174,7 +175,15 @@ def save_state(run: Experiment) -> None:
     generators = generator_states(run)
     if not is_main():
         return
+    save_checkpoint(run.folder / "checkpoint.pth.tar", run_state(run, generators))
+    run.saved = run.epoch
+    save_what_follows(run)
+    for name in END_FILES:
+        (run.folder / name).unlink(missing_ok=True)
+
+
+def save_what_follows(run: Experiment) -> None:
+    """Write what follows from the checkpoint: the best model if it is of the last epoch, and the log."""
     if run.history and run.best is run.history[-1]:
         save_checkpoint(run.folder / "model_best.pth.tar", network_state(run))
-    save_checkpoint(run.folder / "checkpoint.pth.tar", run_state(run, generators))
     write_csv(run.folder / "log.csv", run.history)

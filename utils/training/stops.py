@@ -14,10 +14,10 @@ from utils.command_line import OptionError, option
 from utils.distributed import is_lost, is_main, lost, processes, rank
 from utils.files.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.files.lock import LockedError
-from utils.logger import one_line, warn, write_csv
+from utils.logger import one_line, warn
 from utils.run import clear_run, describe, is_lack_of_memory, write_json
 from utils.training.epoch import NonFiniteLossError
-from utils.training.state import describe_images, network_state, save_state
+from utils.training.state import describe_images, network_state, save_state, save_what_follows
 from utils.training.zeros import describe_zeros
 
 if TYPE_CHECKING:
@@ -31,12 +31,13 @@ def begin_folder(run: Experiment) -> None:
 
     Raises:
         OSError: they cannot be written.
-        CheckpointError: the run goes on in another folder, and its best network cannot be brought along.
+        CheckpointError: the best network so far is not there.
     """
     checkpoint, best = run.folder / "checkpoint.pth.tar", run.folder / "model_best.pth.tar"
     source = Path(os.path.realpath(run.args.resume or checkpoint))
     own, here = run.args.resume and source == Path(os.path.realpath(checkpoint)), source.parent == run.folder.resolve()
-    brought = _best_before(run) if is_main() and not own else None
+    run.saved = run.epoch if own else None
+    brought = _best_before(run) if is_main() else None
     try:
         if is_main():
             if not own and not here:
@@ -45,14 +46,14 @@ def begin_folder(run: Experiment) -> None:
             write_json(run.folder / "config.json", described)
             if run.epoch == 0:
                 save_checkpoint(run.folder / "init.pth.tar", network_state(run))
-            if brought:
+            if brought and not own:
                 save_checkpoint(best, brought)
-        if own and is_main():  # killed between the two, the checkpoint has an epoch more than the log
-            write_csv(run.folder / "log.csv", run.history)
         if not own:
             save_state(run)
-            if is_main() and not brought and not _ends_with_best(run):
-                best.unlink(missing_ok=True)  # of epochs that are trained anew
+        elif is_main():  # killed behind the checkpoint, the others lack its epoch
+            save_what_follows(run)
+        if is_main() and not brought and not _ends_with_best(run):
+            best.unlink(missing_ok=True)  # of epochs that are trained anew
     except (OSError, CheckpointError):
         if is_main() and not checkpoint.exists():
             clear_run(run.folder)
@@ -130,7 +131,12 @@ def what_is_left(run: Experiment) -> str:
         return "Nothing is kept of the run: start it again with other options"
     start = shlex.join(option("--start", checkpoint))
     again = f"begin again with --overwrite, or from its weights with {start} in another --save_dir"
-    return f"{checkpoint} holds the last finished epoch ({run.epoch}): {again}"
+    return f"{checkpoint} holds the last finished epoch{_saved(run)}: {again}"
+
+
+def _saved(run: Experiment) -> str:
+    """Return in brackets which epoch the checkpoint holds; nothing where rank 0 may have been lost in writing it."""
+    return f" ({run.saved})" if processes() == 1 and run.saved is not None else ""
 
 
 def where_to_go_on(run: Experiment) -> str:
@@ -138,8 +144,7 @@ def where_to_go_on(run: Experiment) -> str:
     checkpoint = run.folder / "checkpoint.pth.tar"
     if not checkpoint.exists():
         return "Nothing is kept of the run: start it again"
-    epoch = f" ({run.epoch})" if processes() == 1 else ""  # rank 0 may have been lost while writing it
-    left = f"{checkpoint} holds the last finished epoch{epoch}"
+    left = f"{checkpoint} holds the last finished epoch{_saved(run)}"
     if not sys.argv[0].endswith(CONTINUED):
         return f"{left}; the same command goes on"
     arguments = [a for a in sys.argv[1:] if a != "--overwrite" and not a.startswith(("--resume=", "--start="))]
