@@ -11,6 +11,7 @@ WIDTHS = {  # the attributes that state the width of a layer: of its output, of 
     nn.Linear: ("out_features", "in_features"),
     nn.BatchNorm2d: ("num_features",),
 }
+NARROWED = ("weight", "bias", "running_mean", "running_var")  # of the tensors that such a layer may hold
 
 
 def widths_of(model: nn.Module) -> dict[str, list[int]]:
@@ -39,7 +40,11 @@ def narrow_(model: nn.Module, widths: Mapping[str, Sequence[int]]) -> None:
         if not all(type(n) is int and 1 <= n <= most for n, most in zip(sizes, full[name], strict=True)):
             raise ValueError(f"widths of {name!r} are {sizes!r}: give whole numbers from 1 to {full[name]}")
         layer = model.get_submodule(name)
-        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-            tensor.data = tensor.data[tuple(slice(n) for n, _ in zip(sizes, tensor.shape, strict=False))].contiguous()
+        if list(sizes) == full[name]:  # nothing to cut, and its weight may be computed anew, as by spectral_norm
+            continue
+        for tensor in (getattr(layer, key, None) for key in NARROWED):
+            if tensor is not None:
+                cut = tuple(slice(n) for n, _ in zip(sizes, tensor.shape, strict=False))
+                tensor.data = tensor.data[cut].contiguous()
         for attribute, width in zip(WIDTHS[type(layer)], sizes, strict=True):
             setattr(layer, attribute, width)

@@ -1,5 +1,6 @@
 """From zeros to speed: both forms proved, measured and written, and the smaller network in every other stage."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -261,7 +262,19 @@ def test_no_zeros_is_a_note(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["dense.pth.tar"]
 
 
+def test_no_zeros_leave_what_was_there_and_no_folder(tmp_path):
+    write_pruned(tmp_path / "dense.pth.tar", zeros=0)
+    for kind in stage.KINDS:
+        (tmp_path / f"small.{kind}").write_text("of an earlier call")
+    options = ["--checkpoint", tmp_path / "dense.pth.tar", "--no_data", "--overwrite", "--save"]
+    for place in ("small", "new/small"):
+        call(deploy, *options, tmp_path / place)
+    assert all((tmp_path / f"small.{kind}").read_text() == "of an earlier call" for kind in stage.KINDS)
+    assert len(list(tmp_path.iterdir())) == 1 + len(stage.KINDS)
+
+
 NETWORKS = """
+import threading
 import torch
 from torch import nn
 
@@ -284,17 +297,44 @@ class Flat(Odd):
 class Branching(Odd):
     def forward(self, x):
         return super().forward(x if x.sum() > 0 else -x)
+
+class Lazy(Odd):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.two, self.fc = nn.LazyConv2d(8, 3), nn.LazyLinear(num_classes)
+
+class Spectral(Odd):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.two = nn.utils.spectral_norm(self.two)
+
+class Normed(Odd):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.two = nn.utils.weight_norm(self.two)
+
+class Locked(Odd):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.lock = threading.Lock()
+
+class Hidden(Odd):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.fc = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, num_classes))
 """
 
 
-def own(tmp_path, monkeypatch, name):
+@torch.no_grad()
+def own(tmp_path, monkeypatch, name, *, dead="one"):
     """Write a checkpoint of a pruned network of one's own; return the options that name it."""
     (tmp_path / f"net_{name}.py").write_text(NETWORKS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     arch = f"net_{name}:{name}"
     model = build_model(arch, 3)
-    model.one.weight.data[2:6] = 0
+    model.eval()(torch.zeros(1, 3, 32, 32))  # makes the parameters of lazy layers
+    model.get_submodule(dead).weight[2:6] = 0
     config = {"dataset": "folder", "arch": arch, "depth": None, "num_classes": 3}
     state = {"state_dict": model.state_dict(), "config": config, "preprocessing": CIFAR.record()}
     save_checkpoint(tmp_path / "own.pth.tar", {"epoch": 1, "acc": None, "best_acc": None, **state})
@@ -314,6 +354,38 @@ def test_a_map_that_sparse_inference_cannot_read_leaves_the_other_form(tmp_path,
     report = call(deploy, *own(tmp_path, monkeypatch, "Flat"), *QUICK)
     assert "no sparse form: norm is BatchNorm of a flattened map" in capsys.readouterr().err.replace("'", "")
     assert list(report["proof"]["forms"]) == ["shrunk"] and load_model("small.pth.tar").one.out_channels == 4
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:halo takes")
+@pytest.mark.parametrize("name", ["Lazy", "Spectral"])
+def test_the_smaller_network_loads_whatever_makes_its_weights(tmp_path, monkeypatch, no_export, name):
+    call(deploy, *own(tmp_path, monkeypatch, name), *QUICK)
+    small = load_model("small.pth.tar")
+    assert small.one.out_channels == (4 if name == "Lazy" else 8)
+    call(check_params, "-a", f"net_{name}:{name}", "--checkpoint", "small.pth.tar", "--no_data")
+
+
+def test_a_smaller_network_that_would_not_load_again_is_not_written(deployed, tmp_path, monkeypatch, fails_in):
+    monkeypatch.setattr(stage, "build_recorded", lambda *_: build_model("resnet", 3, 8))
+    options = ["--checkpoint", deployed[1] / "pruned.pth.tar", "--save", tmp_path / "small", "--no_data"]
+    code, line = fails_in(deploy, *options, *QUICK)
+    assert code == 1 and "the smaller network would not load again" in line and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:halo takes")
+def test_zeros_of_layers_that_are_not_pruned_count(tmp_path, monkeypatch, no_export):
+    report = call(deploy, *own(tmp_path, monkeypatch, "Hidden", dead="fc.0"), *QUICK)
+    assert report["sparsity"] == 0 and report["macs"]["shrunk"] < report["macs"]["dense"]
+    assert load_model("small.pth.tar").fc[0].out_features == 12
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm", "ignore:halo takes")
+@pytest.mark.parametrize("name", ["Normed", "Locked"])
+def test_a_network_that_cannot_be_copied_is_one_line(tmp_path, monkeypatch, fails_in, name):
+    code, line = fails_in(deploy, *own(tmp_path, monkeypatch, name), *QUICK)
+    assert code == 1 and f"{name} cannot be copied" in line and not (tmp_path / "small.pth.tar").exists()
+    checked = call(check_params, "-a", f"net_{name}:{name}", "--checkpoint", "own.pth.tar", "--no_data")
+    assert (checked["macs_shrunk"] is None) == (name == "Locked")  # the other one can be once it has run
 
 
 def test_a_network_that_cannot_be_followed_is_one_line(tmp_path, monkeypatch, fails_in):
@@ -418,6 +490,7 @@ def test_a_form_that_computes_something_else_is_not_written(deployed, tmp_path, 
             return self.model(images) + 0.1
 
     def spoilt(model):
+        model = copy.deepcopy(model)
         with torch.no_grad():
             model.fc.bias += 0.1
         return model

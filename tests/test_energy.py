@@ -138,6 +138,16 @@ def test_tokens_count_each_and_what_never_ran_is_left_out():
     assert list(result) == ["hidden"] and np.abs(result["hidden"].numpy() - values / values.sum()).max() < 1e-6
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_outputs_that_overflow_are_named(value):
+    model = build_model("lenet_5", 10)
+    with torch.no_grad():
+        model.conv2.bias[3] = value
+    layers, images = measured_layers(model, linear=True, shape=SHAPE), torch.rand(6, 1, 28, 28)
+    with pytest.raises(ValueError, match="the outputs of conv2 are NaN or infinite: use another checkpoint"):
+        layer_energies(model, layers, zip(images.split(4), images.split(4), strict=True), pool="max")
+
+
 def hooks(model):
     return sum(len(module._forward_hooks) for module in model.modules())
 

@@ -1,5 +1,7 @@
 """shrink(): fewer channels, the same outputs, whatever the dead filters leave behind."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -290,6 +292,75 @@ def test_a_hook_may_change_any_step(step, change):
     small = shrink(model)
     assert small[0].out_channels == 6
     assert difference(model, small, torch.randn(5, 2, 9, 9)) < 1e-6
+
+
+def test_a_layer_may_have_a_forward_of_its_own():
+    model = nn.Sequential(with_dead(nn.Conv2d(2, 6, 3), 1), nn.ReLU(), nn.Conv2d(6, 4, 1), *tail(4)).eval()
+    model[1].forward = lambda x: x - x.mean(1, keepdim=True)
+    small = shrink(model)
+    assert small[0].out_channels == 6
+    assert difference(model, small, torch.randn(5, 2, 9, 9)) < 1e-6
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match="Sequential cannot be found .its forward.. was set on the instance"):
+        shrink(model)
+
+
+def test_a_hook_of_all_modules_may_change_any_step():
+    model = nn.Sequential(with_dead(nn.Conv2d(2, 6, 3), 1), nn.ReLU(), nn.Conv2d(6, 4, 1), *tail(4)).eval()
+    hook = nn.modules.module.register_module_forward_hook(lambda layer, inputs, output: output + 1)
+    try:
+        small = shrink(model)
+        assert difference(model, small, torch.randn(5, 2, 9, 9)) < 1e-6
+    finally:
+        hook.remove()
+    assert small[0].out_channels == 6
+
+
+def test_a_network_that_cannot_be_copied_says_why():
+    model = nn.Sequential(nn.Conv2d(2, 6, 3))
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match="Sequential cannot be copied .*lock.*: remove what .*or cannot be copied"):
+        shrink(model)
+
+
+class Given(nn.Module):
+    """A step writes into the tensor that it is given, or reads a parameter beside it."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.one, self.two, self.fc = with_dead(nn.Conv2d(2, 2, 1), 0, 1), nn.Conv2d(2, 4, 1), nn.Linear(4, 3)
+        self.slope, self.step = nn.Parameter(torch.tensor(-0.1), requires_grad=False), step
+
+    def forward(self, x):
+        return self.fc(F.adaptive_avg_pool2d(self.two(self.step(self, self.one(x), x)), 1).flatten(1))
+
+
+def added(m, y, x):
+    torch.add(y, x, out=y)
+    return y
+
+
+def squashed(m, y, x):
+    torch.tanh(x, out=y)
+    return y
+
+
+@pytest.mark.parametrize("step", [added, squashed, lambda m, y, x: F.leaky_relu(y, m.slope)])
+def test_a_step_may_be_given_other_tensors(step):
+    torch.manual_seed(0)
+    model = Given(step).eval()
+    assert difference(model, shrink(model), torch.randn(5, 2, 6, 6)) < 1e-6
+
+
+def test_a_layer_may_hold_other_tensors():
+    """Which it does not read: they stay as they are, also where a file gives the widths."""
+    model = nn.Sequential(with_dead(nn.Conv2d(2, 6, 3), 1), nn.ReLU(), nn.Conv2d(6, 4, 1), *tail(4)).eval()
+    for name, size in (("one", (1,)), ("all", model[0].weight.shape)):
+        model[0].register_buffer(name, torch.ones(size))
+    small = shrink(model)
+    narrow_(model, widths_of(small))
+    model.load_state_dict(small.state_dict())
+    assert small[0].out_channels == 5 and model[0].all.shape == (6, 2, 3, 3)
 
 
 def test_batchnorm_with_factor_zero_makes_a_constant():

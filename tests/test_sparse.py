@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 import resource
+import shutil
 import threading
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from torch import nn
 
 from models import ARCHS, build_model
 from utils import SparseNetwork, prunable_weights, prune_by_magnitude_
-from utils.halo import sparse, sparse_workspace
-from utils.halo.native import load_native
+from utils.halo import sparse, sparse_plan, sparse_workspace
+from utils.halo.native import find_compiler, load_native
 from utils.halo.sparse_trace import trace
 
 BOUND = 1e-5  # of the largest output
@@ -360,6 +361,38 @@ def test_without_a_compiler_torch_runs_the_shrunk_network(monkeypatch):
         close(pickle.loads(pickle.dumps(slow))(x), slow(x))
 
 
+def test_without_a_compiler_a_network_that_cannot_be_copied_runs_too(monkeypatch):
+    monkeypatch.setenv("CXX", "nope")
+    monkeypatch.setattr(sparse, "load_kernel", sparse.load_kernel.__wrapped__)  # which keeps what it has compiled
+    model, x = Forward(lambda m, x: m.conv(x)).eval(), images(2, 4, 6, 6)
+    model.lock = threading.Lock()
+    with pytest.warns(UserWarning, match="no C.. compiler nope on the PATH"):
+        slow = SparseNetwork(model)
+    with torch.no_grad():
+        close(slow(x), model(x))
+
+
+def test_the_compiler_may_be_a_command(tmp_path, monkeypatch):
+    """Such as "ccache g++"."""
+    monkeypatch.setenv("CXX", f"env {find_compiler()[0]}")
+    assert find_compiler()[0] == shutil.which("env")
+    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }')
+    assert load_native(tmp_path / "one.cpp").one() == 1
+
+
+@torch.no_grad()
+def test_images_of_which_a_block_is_too_large_run_one_by_one(monkeypatch):
+    model, x = Forward(lambda m, x: m.other(m.conv(x).relu())).eval(), images(35, 4, 20, 20)
+    whole = SparseNetwork(model)(x)
+    monkeypatch.setattr(sparse_plan, "FARTHEST", 4 * 4 * 700)  # 4 channels of an image, padding included
+    fast = SparseNetwork(model)
+    for count in (1, 16, 35):
+        close(fast(x[:count]), whole[:count])
+    assert fast._prepared[4, 20, 20].size == fast._prepared[4, 20, 20].image.size
+    with pytest.raises(ValueError, match="maps of these images are too large .*: give smaller images"):
+        fast(images(1, 4, 60, 60))
+
+
 def test_repr_counts_the_weights():
     model = pruned(build_model("lenet_300_100", 10), 0.9)
     assert repr(SparseNetwork(model)) == "SparseNetwork(3 layers, 26620 of 266200 weights, compiled=True)"
@@ -376,6 +409,19 @@ def hooked(*, whole=False):
     return model
 
 
+def replaced(*, whole=False):
+    """A network in which a layer, or the network itself, computes something else than its class says."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    (model if whole else model[0]).forward = lambda x: 2 * x
+    return model
+
+
+def flat_in_place(m, x):
+    y = m.conv(x)
+    m.relu(y.flatten(1))  # with channels_last a copy
+    return m.other(y)
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -390,6 +436,8 @@ def hooked(*, whole=False):
         (Forward(lambda m, x: x * 2), "does not support mul\\(\\) \\(at 'mul'\\): run the network itself"),
         (Forward(lambda m, x: x + 1), "addition of anything but two maps"),
         (Forward(lambda m, x: x.flatten(1) + x), "addition of a map and features"),
+        (Forward(lambda m, x: torch.add(x, x, out=m.conv(x))), "addition with out=.* \\(at 'add'\\)"),
+        (Forward(flat_in_place), "change in place of 'conv' flattened, which may be a copy \\(at 'relu'\\)"),
         (Forward(lambda m, x: x.view(-1, 2, 72)), "view other than"),
         (Forward(lambda m, x: x.view(-1)), "view other than"),
         (Forward(lambda m, x: x.view(x.size())), "view other than"),
@@ -397,6 +445,8 @@ def hooked(*, whole=False):
         (Forward(lambda m, x: {4: m.conv}[x.shape[1]](x)), "cannot follow the network"),
         (hooked(), "does not support hooks, such as that of '0'"),
         (hooked(whole=True), "does not support hooks, such as that of the network itself"),
+        (replaced(), "does not support a forward\\(\\) set on an instance, such as that of '0'"),
+        (replaced(whole=True), "a forward\\(\\) set on an instance, such as that of the network itself"),
         (Forward(lambda m, x: (x, x)), "not one tensor"),
         (Forward(lambda m, x: x + m.linear.bias), "linear.bias"),
         (Forward(lambda m, x: x if x.sum() > 0 else -x), "torch.fx cannot follow the network"),
@@ -405,6 +455,16 @@ def hooked(*, whole=False):
 def test_what_is_not_supported_is_named(layer, message):
     with pytest.raises(ValueError, match=message):
         SparseNetwork(layer.eval())
+
+
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_hooks_of_all_modules_are_refused(register):
+    hook = getattr(nn.modules.module, register)(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="does not support global hooks"):
+            SparseNetwork(nn.Conv2d(4, 4, 3).eval())
+    finally:
+        hook.remove()
 
 
 def test_a_kernel_without_large_pages(monkeypatch):
@@ -464,6 +524,10 @@ def test_maps_that_do_not_fit():
     flat = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(144)).eval()
     with pytest.raises(ValueError, match="1 is BatchNorm of a flattened map: put BatchNorm2d before"):
         SparseNetwork(flat)(torch.zeros(1, 4, 6, 6))
+    with pytest.raises(ValueError, match="adds a flattened map to features, which .* not support: run the network"):
+        added = Forward(lambda m, x: m.square(x.flatten(1)) + x.flatten(1))
+        added.square = nn.Linear(144, 144)
+        SparseNetwork(added.eval())(torch.zeros(1, 4, 6, 6))
     with pytest.raises(ValueError, match="without a pixel on 1 of them: give larger images"):
         SparseNetwork(nn.MaxPool2d(2, 1, 1, 2).eval())(torch.zeros(1, 4, 1, 1))
     with pytest.raises(ValueError, match="view of 144 features for a map"):

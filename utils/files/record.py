@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from models import ARCHS, build_model, find_arch, guess_arch, resolve_depth
+from models.widths import narrow_
 from utils.files.checkpoint import CheckpointError
 from utils.files.preprocessing import Preprocessing, unrecorded
 from utils.options import OptionError, resolve_depth_option
@@ -112,11 +113,12 @@ def build_recorded(arch: str, num_classes: int, depth: int | None, state: Mappin
         CheckpointError: the recorded widths do not fit it, or each other.
     """
     widths = recorded_widths(state, path)
+    model = _with_shapes(build_model(arch, num_classes, depth), state, path)
     if widths is None:
-        return _with_shapes(build_model(arch, num_classes, depth), state, path)
+        return model
     record = read_record(state, path)
     try:
-        model = build_model(arch, num_classes, depth, widths=widths)
+        narrow_(model, widths)
         with torch.no_grad():
             logits = model.eval()(torch.zeros(1, *record.preprocessing.shape))
         if logits.shape[1:] != (num_classes,):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -14,13 +15,15 @@ from pathlib import Path
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
 
 
-def find_compiler() -> str | None:
-    """Return the path of a C++ compiler: that of the environment variable CXX, else g++; None if there is none."""
-    return shutil.which(os.environ.get("CXX") or "g++")
+def find_compiler() -> list[str] | None:
+    """Return the command of a C++ compiler: that of the environment variable CXX, else g++; None if there is none."""
+    program, *options = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    path = shutil.which(program)
+    return [path, *options] if path else None
 
 
 def load_native(source: Path, *, fuse: bool = False, flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """Compile a C++ file for this processor (a quarter of a second) and load it; nothing stays on disk.
+    """Compile a C++ file for this processor (in up to two seconds) and load it; nothing stays on disk.
 
     Args:
         source: the file; its functions are declared extern "C".
@@ -42,7 +45,7 @@ def load_native(source: Path, *, fuse: bool = False, flags: Sequence[str] = ()) 
         # Linked without -fopenmp, so that OpenMP is the one that torch has loaded: two would fight for the cores.
         options = [*FLAGS, f"-ffp-contract={'fast' if fuse else 'off'}", *flags]
         for command in ([*options, "-c", str(source), "-o", compiled], ["-shared", compiled, "-o", library]):
-            done = subprocess.run([compiler, *command], capture_output=True, text=True)
+            done = subprocess.run([*compiler, *command], capture_output=True, text=True)
             if done.returncode:
-                raise OSError(f"{compiler} failed: {(done.stderr or 'no message').strip().splitlines()[0]}")
+                raise OSError(f"{shlex.join(compiler)} failed: {(done.stderr or 'no message').strip().splitlines()[0]}")
         return ctypes.CDLL(library)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .penalty import Penalty
-from .shrink_steps import WIDTHS, Steps, merge
+from .shrink_steps import NARROWED, WIDTHS, Steps, merge
 
 
 def shrink(model: nn.Module) -> nn.Module:
@@ -40,9 +40,9 @@ def shrink(model: nn.Module) -> nn.Module:
     """
     try:
         small, studied = copy.deepcopy(model), copy.deepcopy(model).eval()  # where dropout does nothing to constants
-    except RuntimeError as error:
-        remedy = "remove what computes its weights anew, as torch.nn.utils.prune.remove does"
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # whatever one of its attributes raises
+        remedy = "remove what computes its weights anew (as torch.nn.utils.prune.remove does), or cannot be copied"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{type(model).__name__} cannot be copied ({reason}): {remedy}") from error
     for module in [*small.modules()]:
         module._modules = {name: part for name, part in module._modules.items() if not isinstance(part, Penalty)}
@@ -127,8 +127,8 @@ def _narrow_(model: nn.Module, steps: Steps, kept: dict[int, Tensor], carriers: 
                     model.get_submodule(steps.norm_after(node).target).running_mean -= merged.sum(1)
                 weight = weight[:, columns]
             layer.weight.data = weight.reshape(len(weight), -1, *layer.weight.shape[2:])
-        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-            if tensor.dim():  # not the number of batches that BatchNorm has seen
+        for tensor in (getattr(layer, key, None) for key in NARROWED):
+            if tensor is not None:
                 tensor.data = tensor.data[rows]
         sizes = layer.running_mean.shape if layer.weight is None else layer.weight.shape  # BatchNorm without factors
         for attribute, width in zip(WIDTHS[type(layer)], sizes, strict=False):

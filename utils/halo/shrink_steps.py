@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .sparse_trace import Tracer
+from .sparse_trace import Tracer, changed_by
 
 WIDTHS = {  # the attributes that state the width of a layer: of its output, of its input
     nn.Conv2d: ("out_channels", "in_channels"),
     nn.Linear: ("out_features", "in_features"),
     nn.BatchNorm2d: ("num_features",),
 }
+NARROWED = ("weight", "bias", "running_mean", "running_var")  # of the tensors that such a layer may hold
 ELEMENTWISE = {
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Tanh),
     *(nn.Identity, nn.Dropout),
@@ -66,6 +67,8 @@ class Graph:
 
     def __init__(self, model: nn.Module) -> None:
         try:
+            if "forward" in vars(model):
+                raise ValueError("its forward() was set on the instance, not in its class")
             self.nodes = list(Tracer().trace(model).nodes)
         except Exception as error:  # whatever the network's forward() raises when it is given a stand-in for images
             raise ValueError(
@@ -92,7 +95,7 @@ class Graph:
             names[node] = {node}
             changes, kind = self._changes_its_input(node), self.kind(node)
             if changes or kind not in {*WIDTHS, *POOLS, *SUMS, *ELEMENTWISE} - SAME:
-                first = isinstance(node.args[0], fx.Node) if changes and node.args else False
+                first = changes and "out" not in node.kwargs and isinstance(next(iter(node.args), None), fx.Node)
                 sources = node.args[:1] if first else node.all_input_nodes
                 shared = names[node].union(*(names[source] for source in sources))
                 names |= dict.fromkeys(shared, shared)
@@ -102,11 +105,12 @@ class Graph:
         return found
 
     def _changes_its_input(self, node: fx.Node) -> bool:
-        """Tell whether a step writes over what it reads."""
+        """Tell whether a step writes over what it is given."""
         if node.op == "call_module":
             return getattr(self.layer(node), "inplace", False)
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        asked = node.kwargs.get("inplace", False) or any(argument is True for argument in node.args[1:])
+        asked = node.kwargs.get("inplace", False) or node.kwargs.get("out") is not None
+        asked = asked or any(argument is True for argument in node.args[1:])
         return asked or name.endswith("_") or getattr(operator, name, None) is node.target and name.startswith("i")
 
     def reads_batch_size(self, node: fx.Node) -> bool:
@@ -169,7 +173,7 @@ class Steps(Graph):
         """Return what a step holds, or None if it is none of those that may be narrowed."""
         kind, layer, source = self.kind(node), self.layer(node), self.source(node)
         layout = source.layout if source else None
-        if layer and (layer._forward_pre_hooks or layer._forward_hooks):  # which may change what it computes
+        if layer and changed_by(layer):
             return None
         if kind in WIDTHS and (self.calls[node.target] > 1 or self._is_shared(layer) or len(node.args) != 1):
             return None
@@ -181,7 +185,8 @@ class Steps(Graph):
             return None
         if kind is nn.BatchNorm2d and layout == "maps" and layer.running_mean is not None:
             return source._replace(constant=normalize(layer, source.constant))
-        if kind in ELEMENTWISE and not self._drops(node):
+        others = any(isinstance(argument, fx.Node) for argument in (*node.args[1:], *node.kwargs.values()))
+        if kind in ELEMENTWISE and not others and not self._drops(node):
             return source._replace(constant=self._apply(node, source.constant))
         if kind in POOLS and layout == "maps" and not self._changes_constants(node):
             return source

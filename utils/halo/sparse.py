@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,7 @@ def load_kernel() -> ctypes.CDLL:
 class _Prepared(NamedTuple):
     """A network ready for images of one shape."""
 
-    block: Plan
+    block: Plan  # that for one image where a block would be too large
     image: Plan
     size: int  # floats of workspace of a thread
     output: tuple[int, ...]  # shape of one image's output
@@ -71,13 +72,14 @@ class SparseNetwork:
 
     Note:
         Logits equal those of the model to about 1e-6 of the largest. A weight of zero is skipped also where torch would
-        multiply it by infinity or NaN.
+        multiply it by infinity or NaN. What flatten returns is a view of the map, as it is of contiguous images.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.__setstate__(trace(model))
         if not self.compiled:
-            self.program = trace(shrink(model))
+            with suppress(ValueError):  # it cannot be copied: torch runs it as it is
+                self.program = trace(shrink(model))
 
     def __getstate__(self) -> Program:
         """Return what a copy needs; the rest holds addresses."""
@@ -107,14 +109,15 @@ class SparseNetwork:
         """Return what the model returns.
 
         Args:
-            images: (N, C, H, W), float32, on the CPU; any N and any size that the model takes.
+            images: (N, C, H, W), float32, on the CPU; any N, and any size that the model takes as
+                long as no map of one image takes 2 GiB.
 
         Returns:
             (N, classes), or maps (N, C', H', W') where the model returns maps. It uses torch's number of threads.
 
         Raises:
             TypeError: images are not a float32 tensor on the CPU.
-            ValueError: images have not four dimensions, or do not fit the network.
+            ValueError: images have not four dimensions, do not fit the network, or are too large.
         """
         if not isinstance(images, Tensor) or images.dtype != torch.float32 or images.device.type != "cpu":
             have = f"{images.dtype} on {images.device}" if isinstance(images, Tensor) else type(images).__name__
@@ -139,11 +142,14 @@ class SparseNetwork:
         """Work out everything that depends on the images' shape, and keep it for the next call."""
         network = live_network(self.program, shape)
         lanes = self._kernel.halo_sparse_lanes() if self._kernel else 1
-        block = Plan(network, lanes=lanes, image=False, base=0)
-        image = Plan(network, lanes=lanes, image=True, base=block.size)
+        try:
+            block = Plan(network, lanes=lanes, image=False, base=0)
+            image = Plan(network, lanes=lanes, image=True, base=block.size)
+        except ValueError:  # a block is too large; what does not fit one image either is raised again
+            block = image = Plan(network, lanes=lanes, image=True, base=0)
         after = network.shapes[self.program.output]
         output = (after.features,) if self.program.flat else tuple(after)
-        size = block.size + image.size
+        size = image.c.base + image.size
         prepared = _Prepared(block, image, size, output, block.cost / max(image.cost, 1), [])
         while len(self._prepared) >= PLANS_KEPT:
             self._prepared.pop(next(iter(self._prepared)), None)
@@ -157,6 +163,8 @@ class SparseNetwork:
         rest = count % lanes
         turns = rest if count > lanes else -(-rest // threads)  # of single images that the rest would take
         singles = rest if turns <= prepared.alone else 0
+        if prepared.block is prepared.image:
+            singles = count
         threads, shared = _threads_for(prepared, -(-(count - singles) // lanes), singles, most=threads)
         size = prepared.size if shared else threads * prepared.size
         try:

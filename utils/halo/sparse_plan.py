@@ -13,6 +13,7 @@ from .sparse_schedule import Step, blocks_of, schedule
 from .sparse_structs import DOTS, MAX, SPLIT, STRIPS, SUM, TILES, CMap, COp, CPlan
 from .sparse_terms import Network, Terms, up, windows
 
+FARTHEST = 2**31  # bytes from the first pixel of a map, from which on the kernel's numbers do not reach
 PACKING = 4  # vector operations for a pixel of the images, until it lies in a block
 
 
@@ -100,7 +101,7 @@ class Plan:
     def _give(self, c: COp, terms: Terms, offsets: Tensor, chosen: Tensor, live: Tensor, bias: Tensor) -> None:
         """Let an operation start from the bias and add the chosen terms."""
         size = offsets[chosen] * self.unit * 4
-        if len(size) and int(size.abs().max()) >= 2**31:
+        if len(size) and int(size.abs().max()) >= FARTHEST:
             raise ValueError("the maps of these images are too large for sparse inference: give smaller images")
         c.bias = self._pointer(bias[live], torch.float32)
         counts = torch.bincount(terms.output[chosen], minlength=len(bias))[live]

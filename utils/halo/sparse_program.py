@@ -101,6 +101,9 @@ class Program:
         for op in self.ops:
             shapes[op.output] = shape_after(op, shapes[op.source])
             if op.residual is not None and shapes[op.residual] != shapes[op.output]:
+                if shapes[op.residual].features == shapes[op.output].features:
+                    what = "adds a flattened map to features, which sparse inference does not support"
+                    raise ValueError(f"{op.name} {what}: run the network itself")
                 both = f"{tuple(shapes[op.output])} and {tuple(shapes[op.residual])}"
                 raise ValueError(f"{op.name} adds maps of different shapes, {both}: make them equal")
         for value, features in self.features.items():

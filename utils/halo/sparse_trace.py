@@ -69,6 +69,15 @@ class Tracer(fx.Tracer):
         return _Proxy(node, self)
 
 
+def changed_by(layer: nn.Module) -> str | None:
+    """Return what may make a layer compute something else than its class says, None where nothing does."""
+    if nn.modules.module._global_forward_pre_hooks or nn.modules.module._global_forward_hooks:
+        return "global hooks (register_module_forward_hook)"
+    if layer._forward_pre_hooks or layer._forward_hooks:
+        return "hooks"
+    return "a forward() set on an instance" if "forward" in vars(layer) else None
+
+
 def trace(model: nn.Module) -> Program:
     """Find the operations of a network and fold its BatchNorms.
 
@@ -85,8 +94,8 @@ def trace(model: nn.Module) -> Program:
         if module.training:
             what = f"its {type(module).__name__} {name!r}" if name else "the network"
             raise ValueError(f"{what} is in training mode: call model.eval() first")
-    if model._forward_pre_hooks or model._forward_hooks:
-        raise ValueError(f"sparse inference does not support hooks, such as that of the network itself: {REMEDY}")
+    if what := changed_by(model):
+        raise ValueError(f"sparse inference does not support {what}, such as that of the network itself: {REMEDY}")
     if not list(model.children()):
         model = nn.Sequential(model).eval()  # fx would look into a layer that stands alone
     try:
@@ -141,8 +150,8 @@ class _Translation:
         target = node.target
         if node.op == "call_module":
             layer = self.modules[target]
-            if layer._forward_pre_hooks or layer._forward_hooks:
-                raise self._unknown(node, f"hooks, such as that of {target!r}, which may change what a layer computes")
+            if what := changed_by(layer):
+                raise self._unknown(node, f"{what}, such as that of {target!r}, which may change what a layer computes")
             self._layer(node, target, layer)
         elif target in ADDITIONS:
             self._add(node, in_place=ADDITIONS[target])
@@ -172,6 +181,8 @@ class _Translation:
         if in_place:
             for other, value in self.values.items():
                 if isinstance(value, tuple) and value[0] == op.source:
+                    if flat and not value[1] and any(user not in self.values for user in other.users):  # read later
+                        raise self._unknown(node, f"a change in place of {other.name!r} flattened, which may be a copy")
                     self.values[other] = (op.output, value[1])
         self.values[node] = (op.output, flat)
 
@@ -179,6 +190,8 @@ class _Translation:
         sides = [self.values.get(side) if isinstance(side, fx.Node) else None for side in node.args]
         if len(sides) != 2 or not all(isinstance(side, tuple) for side in sides) or node.kwargs.get("alpha", 1) != 1:
             raise self._unknown(node, "an addition of anything but two maps")
+        if "out" in node.kwargs:
+            raise self._unknown(node, "an addition with out=")
         (one, flat), (other, also_flat) = sides
         if flat != also_flat:
             raise self._unknown(node, "an addition of a map and features")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from pathlib import Path
-
-from torch import nn
 
 from utils import plots
 from utils.files.checkpoint import load_checkpoint
@@ -71,7 +68,7 @@ def describe_sparsity(subject: Subject, *, tau: float) -> dict:
     total = sum(layer.total for layer in layers)
     return {
         **savings(model, shape),
-        **after_shrinking(model, shape),
+        **after_shrinking(subject),
         "prunable": total,
         "prunable_nonzero": sum(layer.remaining for layer in layers),
         "sparsity": overall_sparsity(layers),
@@ -90,13 +87,15 @@ def describe_sparsity(subject: Subject, *, tau: float) -> dict:
     }
 
 
-def after_shrinking(model: nn.Module, shape: tuple[int, ...]) -> dict:
+def after_shrinking(subject: Subject) -> dict:
     """Return the multiply-accumulates of the smaller dense network as `macs_shrunk`, None where it cannot be made."""
     try:
-        small = shrink(copy.deepcopy(model).cpu())
+        small = shrink(subject.model.cpu())
     except ValueError:
         return {"macs_shrunk": None}
-    return {"macs_shrunk": sum(layer.dense for layer in count_macs(small, shape))}
+    finally:
+        subject.model.to(subject.device)
+    return {"macs_shrunk": sum(layer.dense for layer in count_macs(small, subject.preprocessing.shape))}
 
 
 def write_compact(path: Path, subject: Subject, args: argparse.Namespace) -> dict:

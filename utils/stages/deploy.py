@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from models.widths import widths_of
 from utils.files.atomic import atomic_write
-from utils.files.checkpoint import save_checkpoint
+from utils.files.checkpoint import load_weights, save_checkpoint
+from utils.files.record import build_recorded
 from utils.halo.parameters import prunable_weights
 from utils.halo.pruning import overall_sparsity, savings, sparsity_per_layer
 from utils.halo.shrink import shrink
@@ -40,42 +41,43 @@ def deploy(args: argparse.Namespace) -> dict:
         args: the options.
 
     Returns:
-        The content of OUT.json; of a checkpoint without zeros only `checkpoint` and `sparsity`.
+        The content of OUT.json; where zeros save no multiplication only what is deployed and its `sparsity`.
 
     Raises:
         ValueError, OSError: unusable checkpoint, images or output; or a form that computes something else.
         OptionError: an output would replace the checkpoint, or a package is missing.
     """
-    paths = outputs(args)
-    with made_folder(Path(args.save).parent):
+    paths, folder = outputs(args), Path(args.save).parent
+    if folder.is_dir():
         refuse_existing(paths.values(), overwrite=args.overwrite, inputs=[args.checkpoint])
-        with all_or_none(paths.values()):
-            return _deploy(args, paths)
-
-
-def _deploy(args: argparse.Namespace, paths: dict[str, Path]) -> dict:
     subject = load_subject(args, args.checkpoint, images=not args.no_data)
-    report = {"checkpoint": str(args.checkpoint), "dataset": args.dataset, "arch": args.arch, "depth": args.depth}
-    layers = sparsity_per_layer(prunable_weights(subject.model, linear=subject.linear))
-    report["sparsity"] = overall_sparsity(layers)
-    if report["sparsity"] == 0:
-        warn(f"{args.checkpoint} has no zeros, so there is nothing to gain: prune it first; nothing was written")
+    small = shrink(subject.model.eval().cpu())
+    report, sizes = describe_subject(args, subject), describe_sizes(subject, small)
+    if min(sizes["macs"].values()) == sizes["macs"]["dense"]:
+        text = f"{args.checkpoint} has no zeros that save a multiplication, so there is nothing to gain"
+        warn(f"{text}: prune it first; nothing was written")
         return report
-    model = subject.model.eval()
-    small = shrink(copy.deepcopy(model).cpu())
+    with made_folder(folder), all_or_none(paths.values()):
+        return _deploy(args, subject, small, report | sizes, paths)
+
+
+def _deploy(args: argparse.Namespace, subject: Subject, small: nn.Module, report: dict, paths: dict[str, Path]) -> dict:
+    """Prove both forms, measure and write them; return the content of OUT.json."""
+    model = subject.model.to(subject.device)
     forms = {"shrunk": small.to(subject.device, memory_format=torch.channels_last)}
     if sparse := sparse_form(model, subject.device, subject.preprocessing.shape):
         forms["sparse"] = sparse
-    report |= describe_sizes(subject, small)
     say(headline(report))
     report["proof"] = prove(model, forms, images_of(args, subject), path=args.checkpoint)
     print_proof(report)
+    state = small_state(args, subject, small, report)
+    require_loadable(args, state, paths["pth.tar"])
     files = contents(args, subject, small)
     report["milliseconds"] = measure(args, subject, forms)
     report["sentence"] = finding(report["milliseconds"])
     print_times(report["milliseconds"])
     report |= {key: value for key, value in describe(args, subject.device).items() if key != "arguments"}
-    write(paths, files, small_state(args, subject, small, report), report)
+    write(paths, files, state, report)
     say(f"\n{report['sentence']}")
     return report
 
@@ -121,10 +123,17 @@ def sparse_form(model: nn.Module, device: torch.device, shape: tuple[int, int, i
     return sparse if sparse.compiled else None  # it has said why
 
 
+def describe_subject(args: argparse.Namespace, subject: Subject) -> dict:
+    """Return what is deployed, and the fraction of its prunable weights that are zero."""
+    report = {"checkpoint": str(args.checkpoint), "dataset": args.dataset, "arch": args.arch, "depth": args.depth}
+    layers = sparsity_per_layer(prunable_weights(subject.model, linear=subject.linear))
+    return report | {"sparsity": overall_sparsity(layers)}
+
+
 def describe_sizes(subject: Subject, small: nn.Module) -> dict:
-    """Return what there is to multiply in each form, and the widths before and after."""
+    """Return what there is to multiply in each form, and the widths before and after; both are on the CPU."""
     shape = subject.preprocessing.shape
-    dense, shrunk = savings(subject.model, shape), savings(copy.deepcopy(small).cpu(), shape)
+    dense, shrunk = savings(subject.model, shape), savings(small, shape)
     before, after = widths_of(subject.model), widths_of(small)
     return {
         "macs": {"dense": dense["macs_dense"], "shrunk": shrunk["macs_dense"], "sparse": dense["macs_nonzero"]},
@@ -264,6 +273,16 @@ def small_state(args: argparse.Namespace, subject: Subject, small: nn.Module, re
         "config": config,
         "preprocessing": subject.preprocessing.record(),
     }
+
+
+def require_loadable(args: argparse.Namespace, state: dict, path: Path) -> None:
+    """Raise ValueError unless the smaller network can be built and loaded as every script does it."""
+    try:
+        model = build_recorded(args.arch, state["config"]["num_classes"], args.depth, state, path)
+        load_weights(model, state["state_dict"], path=path)
+    except ValueError as error:
+        remedy = "nothing is written; please report this"
+        raise ValueError(f"the smaller network would not load again ({error}): {remedy}") from error
 
 
 def write(paths: dict[str, Path], files: dict[str, bytes], state: dict, report: dict) -> None:

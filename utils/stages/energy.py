@@ -138,6 +138,9 @@ def layer_energies(
         Name to (C,), descending, of sum 1, of the layers that ran. Of a Linear layer that reads several vectors an
         image (tokens), each counts.
 
+    Raises:
+        ValueError: fewer than two vectors came, or an output is NaN or infinite.
+
     Note:
         The release takes the top-left pixel of augmented training images and a non-symmetric eigensolver.
     """
@@ -151,4 +154,8 @@ def layer_energies(
     with watch_outputs(layers, see):
         for images, *_ in batches:
             model(images)
-    return {name: eigenvalue_energy(statistics[name].covariance()) for name in layers if name in statistics}
+    covariances = {name: statistics[name].covariance() for name in layers if name in statistics}
+    for name, covariance in covariances.items():
+        if not covariance.isfinite().all():
+            raise ValueError(f"the outputs of {name} are NaN or infinite: use another checkpoint")
+    return {name: eigenvalue_energy(covariance) for name, covariance in covariances.items()}
