@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+REPOSITORY = Path(__file__).resolve().parent.parent
+OURS = ("benchmarks", "models", "results", "tests", "utils")  # folders with code
 SIZES_TO_TRY = (8, 16, 24, 28, 32, 40, 48, 64, 96, 128, 160, 192, 224, 256)
 
 
@@ -23,7 +25,7 @@ def import_network(name: str, *, here: bool) -> Callable[..., nn.Module]:
     Args:
         name: with a colon.
         here: also look into the current directory. If not, it is left out also where Python has put it on the path,
-            since the script lies there; not where PYTHONPATH names it.
+            since the script lies there; not where PYTHONPATH names it. So is all of this project.
 
     Raises:
         ValueError: there is none, or importing it failed.
@@ -39,11 +41,19 @@ def import_network(name: str, *, here: bool) -> Callable[..., nn.Module]:
         found = getattr(importlib.import_module(module), function)
         if not (inspect.isfunction(found) or inspect.isclass(found)):
             raise ImportError(f"{function!r} is no function or class")
+        if not here and _is_ours(found):
+            raise ImportError(f"{function!r} is of this project, not a network of your own")
     except Exception as error:  # whatever the user's module raises
         path = "the Python path or in the current directory" if here else "the Python path"
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"-a {name}: no such network on {path} ({reason}); give module:function") from error
     return found
+
+
+def _is_ours(found: Callable) -> bool:
+    """Return whether a function or class is of this project."""
+    place = Path(inspect.getfile(inspect.unwrap(found))).resolve()
+    return any(place.is_relative_to(REPOSITORY / folder) for folder in OURS)
 
 
 def _is_here(module: str) -> bool:

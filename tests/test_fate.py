@@ -253,9 +253,121 @@ def test_a_penalty_that_is_only_looked_at_does_not_count():
 
 def test_a_term_of_ones_own_on_lam_is_allowed():
     model, optimizer, penalty, lam_optimizer = parts()
+    for _ in range(3):
+        (nn.functional.cross_entropy(model(X), Y) + sum(lam.square().sum() for lam in penalty.parameters())).backward()
+        lam_optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    # (1 - 0.1 * 2)^3, of which HALO alone changes little
+    assert penalty.lambdas["0.weight"].mean().item() == pytest.approx(0.512, abs=0.01)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_term_of_ones_own_on_lam_is_refused_by_the_fused_step_which_would_not_see_it(weights):
+    model, optimizer, penalty, _ = parts()
+    lam_optimizer = halo.FusedHALO(penalty, lr=0.1, weights=optimizer if weights else None)
     (nn.functional.cross_entropy(model(X), Y) + sum(lam.square().sum() for lam in penalty.parameters())).backward()
+    with pytest.raises(ValueError, match="lam has a gradient of its own, .* use LambdaSGD"):
+        lam_optimizer.step()
+
+
+FORMS = {"decoupled": halo.DecoupledLambdaSGD, "fused": halo.FusedHALO}
+
+
+class Sharpness(torch.optim.Optimizer):
+    """SAM as it is usually written: its steps have names of their own."""
+
+    def __init__(self, params, base):
+        self.base_optimizer = base
+        super().__init__(params, {})
+        self.param_groups = base.param_groups
+
+    def step(self, closure=None):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(("form", "way"), [("decoupled", "rebuilt"), ("fused", "rebuilt"), ("decoupled", "SAM")])
+def test_another_optimizer_than_the_one_that_was_named_is_noticed(form, way):
+    model, optimizer, penalty, _ = parts()
+    named = Sharpness(model.parameters(), optimizer) if way == "SAM" else torch.optim.SGD(model.parameters(), lr=0.1)
+    lam_optimizer = FORMS[form](penalty, lr=0.1, weights=named)
+    backward(model)
     lam_optimizer.step()
-    assert penalty.lambdas["0.weight"].mean() < 0.85  # 1 - 0.1 * 2, where HALO alone moves it by 0.001
+    lam_optimizer.step()  # nothing has been stepped yet, as where gradients are accumulated
+    optimizer.step()
+    with pytest.raises(ValueError, match="by another optimizer than weights=, so that the penalty did not act"):
+        lam_optimizer.step()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_optimizer_of_other_weights_may_step_between(form):
+    model, optimizer, penalty, _ = parts()
+    lam_optimizer, other = FORMS[form](penalty, lr=0.1, weights=optimizer), torch.optim.SGD([nn.Parameter(X)], lr=0.1)
+    for _ in range(3):
+        before = penalty.lambdas["0.weight"].clone()
+        backward(model)
+        lam_optimizer.step()
+        other.step()
+        lam_optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not torch.equal(penalty.lambdas["0.weight"], before)
+
+
+def test_options_that_a_state_brings_are_refused_by_the_pass_with_the_weights():
+    model, optimizer, penalty, _ = parts(momentum=0.9)
+    lam_optimizer = halo.FusedHALO(penalty, lr=0.1, weights=optimizer)
+    optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True).state_dict())
+    backward(model)
+    lam_optimizer.step()
+    with pytest.raises(ValueError, match="without nesterov"):
+        optimizer.step()
+
+
+def test_a_maximizing_optimizer_is_told_what_is_right():
+    model, _, penalty, _ = parts()
+    with pytest.raises(ValueError, match="maximize=True: minimise the negative, or use DecoupledLambdaSGD"):
+        halo.FusedHALO(penalty, lr=0.1, weights=torch.optim.SGD(model.parameters(), lr=0.1, maximize=True))
+
+
+def test_what_is_computed_is_no_parameter():
+    layer = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    with pytest.raises(ValueError, match="cannot penalise 'a': it is computed from other tensors"):
+        halo.HALO({"a": layer.weight}, xi=1e-3, psi=1e-3)
+    with pytest.raises(ValueError, match="a is computed from other tensors"):
+        halo.prune_by_magnitude_({"a": layer.weight}, 0.5)
+
+
+@pytest.mark.parametrize("make", [halo.LambdaSGD, halo.FusedHALO, halo.DecoupledLambdaSGD])
+def test_lam_that_gets_another_layout_with_the_model_goes_on_with_its_momenta(make):
+    def trained(change):
+        model, optimizer, _, _ = parts()
+        model.penalty = halo.HALO(halo.penalized_parameters(model), xi=0.1, psi=0.1, lambda_init=0.5)
+        weights = {"weights": optimizer} if make is halo.DecoupledLambdaSGD else {}
+        lam_optimizer = make(model.penalty, lr=0.05, momentum=0.9, **weights)
+        for step in range(6):
+            if change and step == 3:
+                model.to(memory_format=torch.channels_last)
+            nn.functional.cross_entropy(model[3](model[:3](X)), Y).backward()
+            lam_optimizer.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.penalty.lambdas["0.weight"]
+
+    assert trained(True).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(trained(True), trained(False), rtol=1e-4, atol=1e-5)
+
+
+def test_clipping_in_16_bits_is_no_scaler():
+    """The only number of the smallest tensor is halved, by chance, in no scaler's name."""
+    w = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    penalty = halo.L1({"w": w}, xi=1e-3)
+    for _ in range(3):
+        w.grad = torch.ones_like(w)
+        penalty.add_grad_()
+        w.grad.mul_(0.5)
+        torch.optim.SGD([w], lr=0.1).step()
+        w.grad = None
 
 
 class Log(halo.Penalty):

@@ -180,6 +180,25 @@ def test_sizes_in_a_checkpoint_are_not_believed(tmp_path, elements, size):
     refused(tmp_path / "bad", "larger than its data")
 
 
+@pytest.mark.parametrize("code", [pickle.BINBYTES8, pickle.BINUNICODE8, pickle.FRAME])
+def test_lengths_in_a_file_of_an_older_version_are_not_believed(tmp_path, code):
+    (tmp_path / "c").write_bytes(pickle.PROTO + b"\x04" + code + struct.pack("<Q", 1 << 46) + b"abc")
+    refused(tmp_path / "c", "damaged")
+
+
+def test_a_list_that_holds_another_twice_and_so_on_is_no_message(tmp_path):
+    """As text it would have 2 to the power of 40 brackets."""
+    lists, deep = [], []
+    for _ in range(40):
+        lists, deep = [lists, lists], {"deep": [deep]}
+    wide, text = [[0] * 10_000] * 10_000, ["x" * 10**6] * 1000
+    for value in (lists, deep, wide, text):
+        save_checkpoint(tmp_path / "c", STATE | {"config": {"depth": value}})
+        refused(tmp_path / "c", "more than 4,000,000 parts")
+    save_checkpoint(tmp_path / "c", STATE | {"history": [dict.fromkeys(map(str, range(27)), 0.5)] * 20_000})
+    assert load_checkpoint(tmp_path / "c")["epoch"] == 3
+
+
 def integer(number):
     """Pickle a whole number, without the head and the end."""
     return pickle.dumps(number, 2)[2:-1]

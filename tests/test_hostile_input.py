@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import signal
+import time
 from contextlib import suppress
 
 import pytest
@@ -346,6 +347,7 @@ DAMAGED = {
     "a ratio beyond 1": json.dumps(REPORT | {"results": [{"asked": 2, "after": {"top1": 80.0}}]}),
     "accuracy in words": json.dumps(REPORT | {"before": {"top1": "high"}}),
     "accuracy that is NaN": json.dumps(REPORT | {"before": {"top1": float("nan")}}),
+    "accuracy beyond any float": json.dumps(REPORT | {"before": {"top1": 10**400}}),
     "accuracy beyond 100": json.dumps(REPORT | {"before": {"top1": 101.0}}),
     "no data set": json.dumps({key: value for key, value in REPORT.items() if key != "dataset"}),
     "a depth in words": json.dumps(REPORT | {"depth": "deep"}),
@@ -385,6 +387,12 @@ def test_a_changed_number_in_a_json_of_ours_is_noticed(tmp_path, fails_in):
     assert "checksum" in fails_in(compare_pruning, path)[1]
     path.write_text(json.dumps(REPORT))  # of an older version
     assert read_json(path) == REPORT
+
+
+def test_a_json_of_many_keys_is_read_in_no_time(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(dict.fromkeys(map(str, range(50_000)))))
+    start = time.monotonic()
+    assert len(read_json(tmp_path / "x.json")) == 50_000 and time.monotonic() - start < 5
 
 
 def test_a_log_that_is_not_of_its_run_is_noticed(finished, tmp_path, fails_in):

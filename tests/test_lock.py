@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, train
 
 from utils.files import lock
 from utils.files.lock import LockedError, folder_lock
+from utils.training import experiment
 
 
 def write_lock(folder, **changes):
@@ -76,6 +77,35 @@ def test_a_process_number_that_is_used_again_does_not_count(tmp_path):
         pass
 
 
+def test_a_holder_that_ended_and_whose_status_nobody_asked_for_does_not_count(tmp_path):
+    ended = subprocess.Popen(["sleep", "60"])
+    write_lock(tmp_path, process=ended.pid, started=lock.started(ended.pid))
+    ended.kill()
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    with folder_lock(tmp_path):
+        assert lock.started(ended.pid) is None
+    ended.wait()
+
+
+@pytest.mark.parametrize(("error", "held"), [(PermissionError, True), (ProcessLookupError, False)])
+def test_a_holder_that_proc_hides_counts_while_there_is_such_a_process(tmp_path, monkeypatch, error, held):
+    """As of another user, where /proc is mounted with hidepid."""
+    read_text = lock.Path.read_text
+
+    def hide(path):
+        if str(path) == "/proc/1/stat":
+            raise FileNotFoundError
+        return read_text(path)
+
+    def kill(process, signal):
+        raise error
+
+    monkeypatch.setattr(lock.Path, "read_text", hide)
+    monkeypatch.setattr(lock.os, "kill", kill)
+    write_lock(tmp_path, process=1, started="1")
+    assert (lock.holder_of(tmp_path / ".lock") is not None) == held
+
+
 @pytest.mark.parametrize(("age", "held"), [(0, True), (lock.STALE + 1, False)])
 def test_a_holder_on_another_machine_counts_while_it_shows_life(tmp_path, age, held):
     write_lock(tmp_path, host="elsewhere", machine="another")
@@ -118,6 +148,23 @@ def test_a_run_that_was_taken_over_writes_nothing_more(images, tmp_path, monkeyp
     with pytest.raises(LockedError, match="taken over"):
         train("-d", "folder", "--data", images, *TINY, "--save_dir", folder)
     assert not (folder / "final.pth.tar").exists() and not (folder / "log.csv").read_text()
+
+
+@pytest.mark.parametrize("step", ["begin", "begin_folder", "write_outputs"])
+def test_a_run_that_was_taken_over_before_a_step_leaves_the_files_of_the_other(images, tmp_path, monkeypatch, step):
+    folder = tmp_path / "run"
+    original = getattr(experiment, step)
+
+    def stand_still(run):
+        write_lock(folder, taken="by another")
+        (folder / "checkpoint.pth.tar").write_text("of another")
+        return original(run)
+
+    monkeypatch.setattr(experiment, step, stand_still)
+    with pytest.raises(LockedError, match="taken over"):
+        train("-d", "folder", "--data", images, *TINY, "--epochs", "1", "--schedule", "--save_dir", folder)
+    assert (folder / "checkpoint.pth.tar").read_text() == "of another"
+    assert not (folder / "final.pth.tar").exists()
 
 
 def test_the_age_of_a_lock_does_not_go_by_the_clock_of_this_machine(tmp_path, monkeypatch):

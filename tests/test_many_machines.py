@@ -228,6 +228,15 @@ def test_a_worker_with_several_threads_is_refused(tmp_path):
         look_at_workers(Client(), Command.here(held, "data"))
 
 
+def test_a_worker_that_began_before_the_code_changed_is_refused(tmp_path, monkeypatch):
+    with folder_lock(tmp_path) as held:
+        sent = at_worker(look, Command.here(held, str(tmp_path)))
+        assert sent().startswith(lock.socket.gethostname())
+        monkeypatch.setattr(cluster, "CODE", "of a process that began earlier")
+        with pytest.raises(OSError, match="another version of this repository than the command: restart"):
+            sent()
+
+
 def test_what_a_worker_is_sent_needs_none_of_our_modules(tmp_path):
     cloudpickle = pytest.importorskip("cloudpickle")
     with folder_lock(tmp_path) as held:

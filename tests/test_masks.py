@@ -16,6 +16,7 @@ import cifar_prune_iterative
 import mnist.mnist
 from utils import FixedZeros, make_penalty, penalized_parameters, prunable_weights, prune_by_magnitude_
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
+from utils.halo.gradual import GradualPruning
 from utils.halo.lambda_sgd import FusedHALO, LambdaSGD
 from utils.halo.masks import and_
 from utils.halo.memory import CHUNK
@@ -364,3 +365,28 @@ def test_percent_of_all_is_the_sparsity_afterwards(pruned, tmp_path, capsys):
     assert results["all"] == [0, 0, round(266_200 * 0.98) - round(266_200 * 0.95)]
     assert results["nonzero"] == [round(13_310 * p) for p in (0.9, 0.95, 0.98)]
     assert cifar_prune_iterative.get_parser().get_default("of") == "nonzero"
+
+
+@pytest.mark.parametrize("kind", ["fixed", "gradual"])
+def test_zeros_that_an_optimizer_moves_are_noticed(kind):
+    """It has a momentum of theirs, which nobody has cleared, as one that is made while others are masked."""
+    w = torch.nn.Parameter(torch.linspace(-1, 1, 20))
+    optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    other = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+    if kind == "fixed":
+        zeros = FixedZeros({"w": w}, {"w": w.detach().abs() < 0.5})
+    else:
+        zeros = GradualPruning({"w": w}, optimizer=other, sparsity=0.5, begin=0, end=2, every=1)
+        zeros.advance_()
+    w.grad = torch.ones_like(w)
+    zeros.clear_grad_()
+    optimizer.step()
+    with pytest.raises(ValueError, match="weights of w that are held at zero have moved: their momentum"):
+        zeros.advance_()
+    zeros.clear_(optimizer)
+    zeros.clear_grad_()
+    optimizer.step()
+    zeros.advance_()
+    assert int((w == 0).sum()) == zeros.zeros > 0

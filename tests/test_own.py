@@ -175,6 +175,13 @@ def test_code_beside_a_file_does_not_run_where_the_script_lies_there_too(tmp_pat
     find_arch("beside:net", here=False)  # it was named before
 
 
+@pytest.mark.parametrize("name", ["utils.interrupts:leave", "cifar:run_script", "models.widths:narrow_"])
+def test_a_file_cannot_have_functions_of_this_project_called(name):
+    with pytest.raises(ValueError, match="is of this project"):
+        find_arch(name, here=False)
+    find_arch("models.resnet:ResNet")  # who names it may
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_a_network_that_makes_tensors_when_it_first_runs(here, images):
     options = ["-d", "folder", "--data", images, "--image_size", "16", "--epochs", "1", "--schedule"]

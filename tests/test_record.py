@@ -257,6 +257,7 @@ def test_images_of_other_classes_are_refused_by_every_stage(run, images, tmp_pat
         {"preprocessing": {"shape": [3, 24, 24], "mean": [0, 0, 0], "std": [0, 1, 1], "resize": "crop"}},
         {"preprocessing": {"shape": [3, 24, 24], "mean": [0], "std": [1], "resize": "crop"}},
         {"preprocessing": {"shape": [3, 24, 24]}},
+        {"preprocessing": {"shape": [3, float("inf"), 24], "mean": [0, 0, 0], "std": [1, 1, 1], "resize": "crop"}},
         {"preprocessing": 7},
     ],
 )

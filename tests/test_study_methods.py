@@ -14,7 +14,7 @@ from test_reproduce import STUDY, run
 
 import reproduce
 from utils.files.checkpoint import load_checkpoint
-from utils.studies.jobs import final_jobs, jobs_before, run_job, tuning_jobs
+from utils.studies.jobs import final_jobs, jobs_before, require_same_study, run_job, tuning_jobs
 from utils.studies.progress import Progress, to_come
 from utils.studies.report import tried, write_report
 from utils.studies.study import choose, held_out_accuracy, load_study, on_edge, training_arguments
@@ -235,6 +235,17 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(done, tmp_path, monkeypatch, 
     assert_equal_runs(mine / "run", job.folder / "run")
     ours, theirs = (json.loads((f / "val" / "prune.json").read_text())["results"] for f in (mine, job.folder))
     assert ours == theirs
+
+
+def test_a_run_that_stands_in_the_middle_does_not_go_on_with_other_epochs(tmp_path, monkeypatch):
+    """--gmp_epochs, which follow from them, would stay those of its checkpoint."""
+    only = {"methods": {"GMP": {"gmp": True, "percent": [0.95]}}}
+    (job,) = tuning_jobs(load_study(write_study(tmp_path, **only)), tmp_path / "out", "data")
+    stop_after(monkeypatch, 1, lambda: run_job(job))
+    require_same_study([job])
+    other = load_study(write_study(tmp_path, **only, options=OPTIONS | {"epochs": 8}))
+    with pytest.raises(ValueError, match="was trained with epochs 4, the study now says 8: give another --out"):
+        require_same_study(tuning_jobs(other, tmp_path / "out", "data"))
 
 
 def test_measured_runs_of_another_study_are_refused_and_of_this_one_taken_without_networks(done, tmp_path, fails_in):

@@ -9,6 +9,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class Look(pickle._Unpickler):  # in Python: the one in C allocates as much as a
 
     dispatch = {code: do for code, do in pickle._Unpickler.dispatch.items() if bytes([code]) not in _LEFT_OUT}
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes] | SimpleNamespace) -> None:
         super().__init__(file, fix_imports=False, encoding="utf-8")
         self.storages: dict[str, Storage] = {}
 
@@ -114,9 +115,12 @@ def _inspect_archive(path: str | Path) -> None:
 
 def _inspect_stream(path: str | Path) -> None:
     """Look at the format of older versions of torch, which has no checksums: three pickles, the content, the data."""
+    size = os.path.getsize(path)
     with open(path, "rb") as file:
+        # read() allocates what it is asked for before it finds out that the file has less
+        bounded = SimpleNamespace(read=lambda count: file.read(min(count, size)), readline=file.readline)
         for _ in range(4):
-            look = Look(file)
+            look = Look(bounded)
             look.load()
-    if sum(storage.bytes for storage in look.storages.values()) > os.path.getsize(path):
+    if sum(storage.bytes for storage in look.storages.values()) > size:
         raise RefusedError(TOO_LARGE)

@@ -69,13 +69,13 @@ def myself() -> dict:
 
 
 def started(process: int) -> str | None:
-    """Return when a process of this machine began, None if there is none; a number may be used again, this is not."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        pass
-    if os.path.isdir("/proc/self"):
-        return None
+    """Return when a process of this machine began, None if there is none; a number may be used again, this is not.
+
+    "unknown" for one of which that cannot be read, as of other users under the option hidepid of /proc.
+    """
+    with suppress(OSError):
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]  # a zombie has ended, and nobody has asked for its status
     try:
         os.kill(process, 0)
     except PermissionError:
@@ -98,7 +98,7 @@ def holder_of(path: Path) -> dict | None:
         holder = json.loads(content)
         where, process, began = holder["machine"], int(holder["process"]), holder["started"]
         if where == machine():
-            return holder if began == started(process) else None
+            return holder if started(process) in (began, "unknown") else None
         return holder if _age(path) < STALE else None
     except FileNotFoundError:
         return None

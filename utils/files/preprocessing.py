@@ -105,7 +105,7 @@ class Preprocessing:
             if not sound or min(std) <= 0 or record["resize"] not in ("crop", "squash"):
                 raise ValueError(f"'preprocessing' is {dict(record)}")
             return cls(shape, mean, std, record["resize"])
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, OverflowError) as error:
             raise ValueError(f"'preprocessing' lacks something ({error})") from error
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
 from utils.files.archive import RefusedError
+
+MOST_PARTS = 4_000_000  # of a checkpoint beside what its tensors hold; 10,000 epochs are 600,000
+PART_OF_TEXT = 100  # characters that count as one more
+DEEPEST = 50  # containers within each other; ours are 5
 
 
 def check_state(state: object) -> None:
@@ -19,6 +24,7 @@ def check_state(state: object) -> None:
     Raises:
         RefusedError: with the key and what to do.
     """
+    _check_parts(state)
     if not isinstance(state, dict) or not isinstance(state.get("state_dict"), Mapping):
         raise RefusedError("holds no 'state_dict': it is no checkpoint of cifar.py")
     for name, value in state["state_dict"].items():
@@ -36,6 +42,30 @@ def check_state(state: object) -> None:
     epoch = state.get("epoch")
     if epoch is not None and (epoch < 0 or epoch != int(epoch)):
         raise RefusedError(f"holds {epoch} as 'epoch', where a whole number should be: use another copy")
+
+
+def _check_parts(state: object) -> None:
+    """Raise where a message that shows a value would never end: a few lists that hold each other twice are enough.
+
+    Raises:
+        RefusedError: it has too many parts, each counted as often as it is reached, or they lie too deep.
+    """
+    level, count = [state], 0
+    for _ in range(DEEPEST):
+        parts = chain.from_iterable(map(_parts_of, level))
+        level = list(islice(parts, MOST_PARTS + 1))
+        count += len(level) + sum(len(part) for part in level if isinstance(part, (str, bytes))) // PART_OF_TEXT
+        if not level or count > MOST_PARTS:
+            break
+    if level:
+        raise RefusedError(f"holds more than {MOST_PARTS:,} parts, or parts within {DEEPEST} others: use another copy")
+
+
+def _parts_of(value: object) -> Iterable:
+    """Return what a container of plain types holds; nothing of anything else."""
+    if isinstance(value, dict):
+        return chain(value, value.values())
+    return value if isinstance(value, (list, tuple, set)) else ()
 
 
 def _number(key: str, value: object) -> float | int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
+from collections import Counter
 from pathlib import Path
 
 LARGEST = 1 << 26  # bytes of a text that is read at once: a thousand times what any of ours has
@@ -45,8 +46,8 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     Raises:
         ValueError: a key stands there twice.
     """
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    counts = Counter(name for name, _ in pairs)
+    twice = next((name for name, count in counts.items() if count > 1), None)
     if twice is not None:
         raise ValueError(f"{twice!r} stands there twice")
     return dict(pairs)

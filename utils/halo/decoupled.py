@@ -8,6 +8,7 @@ import torch
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from .fate import Request
 from .guard import require_current
 from .lambda_sgd import LambdaSGD
 from .penalties import Penalty
@@ -49,7 +50,7 @@ class DecoupledLambdaSGD(LambdaSGD):
         self._follow(weights)
 
     def _follow(self, weights: Optimizer) -> None:
-        self._weights, self._asked = weights, False
+        self._weights, self._request = weights, Request(next(iter(self.penalty.penalized.values())))
         weights.register_step_post_hook(self._after_weights)
 
     def __getstate__(self) -> dict:
@@ -74,17 +75,18 @@ class DecoupledLambdaSGD(LambdaSGD):
             The loss of the closure, None without one.
 
         Raises:
-            ValueError: this was called by `scaler.step()`, or lam is not the penalty's.
+            ValueError: this was called by `scaler.step()`, lam is not the penalty's, or another optimizer than
+                `weights` has stepped the weights.
         """
         loss = self._begin(closure)
-        self._asked = True
+        self._request.make()
         return loss
 
     @torch.no_grad()
     def _after_weights(self, weights: Optimizer, args: tuple, kwargs: dict) -> None:
-        if not self._asked:
+        if not self._request.open:
             return
-        self._asked = False
+        self._request.take()
         self.penalty.require_absent("the loss")
         require_current(self.penalty.penalized)
         of_loss = {w: w.grad for w in self.penalty.penalized.values()}

@@ -101,6 +101,40 @@ class Fate(Steps):
             self.lost = True
 
 
+class Request:
+    """What is asked of the next step of one optimizer, and not of any other's.
+
+    Args:
+        w: a weight that this optimizer steps.
+
+    Attributes:
+        open: it was asked for, and not done yet.
+    """
+
+    def __init__(self, w: Tensor) -> None:
+        self.w, self.open = w, False
+        self._steps: Steps | None = None
+
+    def make(self) -> None:
+        """Ask; to ask twice is to ask once.
+
+        Raises:
+            ValueError: since it was asked for, another optimizer has stepped the weight.
+        """
+        if self.open and self._steps.taken:
+            raise ValueError(
+                "the weights were stepped by another optimizer than weights=, so that the penalty did not act: build "
+                "the optimizer of lam anew with the one that steps them (of SAM, its base_optimizer)"
+            )
+        if not self.open:
+            self.open, self._steps = True, Steps(self.w)
+
+    def take(self) -> None:
+        """Do what was asked for."""
+        self._steps.end()
+        self.open, self._steps = False, None
+
+
 @cache
 def follow_steps() -> None:
     """Have every optimizer tell the gradients that are followed of its steps, from now on.

@@ -74,7 +74,12 @@ class GradualPruning(FixedZeros):
 
     @torch.no_grad()
     def advance_(self) -> None:
-        """Count a step of the optimizer, and make the mask anew where it is time."""
+        """Count a step of the optimizer, and make the mask anew where it is time.
+
+        Raises:
+            ValueError: see `FixedZeros.advance_`.
+        """
+        super().advance_()
         self.steps += 1
         due = self.begin <= self.steps < self.end and (self.steps - self.begin) % self.every == 0
         if not due and self.steps != self.end:

@@ -66,6 +66,8 @@ def distinct(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"cannot penalise {name!r}, a {type(w).__name__}: pass penalized_parameters(model)")
         if not w.is_floating_point():
             raise ValueError(f"cannot penalise {name!r}: its type is {w.dtype}, not a floating point type")
+        if not w.is_leaf:
+            raise ValueError(f"cannot penalise {name!r}: it is computed from other tensors, such as weight_norm's")
         first.setdefault(id(w), (name, w))
     if not first:
         raise ValueError("no parameters to penalise: the mapping is empty")
@@ -205,7 +207,12 @@ class LastStep:
         return not stepped and torch.equal(self.views[0], self.values[0])
 
     def divisor(self) -> float | None:
-        """Return the power of two by which gradients that are now gone were divided; None for anything else."""
+        """Return the power of two by which gradients that are now gone were divided; None for anything else.
+
+        Of a few numbers in 16 bits a clipped norm may have such a ratio too.
+        """
+        if self.grad.dtype not in (torch.float32, torch.float64):
+            return None
         now, then = self.views[1].float(), self.values[1].float()
         if self.w.grad is self.grad or not now.any():
             return None

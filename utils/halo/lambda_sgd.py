@@ -18,13 +18,15 @@ from torch.amp import GradScaler
 from torch.optim import SGD, Optimizer
 
 from .compiled_step import CompiledStep, Factors, factors_of
+from .fate import Request
 from .guard import require_beside, require_current
 from .halo_step import HaloStep
-from .memory import CHUNK, aligned, aligned_gradient, is_dense
+from .memory import CHUNK, align_momenta_, aligned, aligned_gradient, is_dense, velocity_of
 from .native import load_native
 from .penalties import HALO, Penalty
 
 OTHER_SGD = ("nesterov", "dampening", "maximize")  # options of SGD that the kernel does not have
+ALONE = "leave out weights=, and FusedHALO steps lam alone"
 
 
 class LambdaSGD(SGD):
@@ -78,8 +80,10 @@ class LambdaSGD(SGD):
         return loss
 
     def _step_lam(self) -> None:
+        align_momenta_(self)  # lam may have another layout now, as an attribute of a model that was given one
         SGD.step(self)
         self.zero_grad()
+        self.penalty.leave("add_grad_()")
 
     def _begin(self, closure: Callable[[], float] | None) -> float | None:
         """Refuse what cannot go well, and return the loss of the closure."""
@@ -161,7 +165,8 @@ class FusedHALO(LambdaSGD):
 
     def _prepare(self, weights: SGD | None) -> None:
         """Find the form of the pass, and have it run by the optimizer of the weights if there is one."""
-        self._weights, self._kernel, self.slow_because, self._asked = weights, None, None, False
+        self._weights, self._kernel, self.slow_because = weights, None, None
+        self._request = Request(next(iter(self.penalty.penalized.values())))
         self._call: CompiledStep | None = None
         self._pairs = [(name, self.penalty.penalized[name], lam) for name, lam in self.penalty.lambdas.items()]
         tensors = [tensor for _, *pair in self._pairs for tensor in pair]
@@ -197,11 +202,14 @@ class FusedHALO(LambdaSGD):
             The loss of the closure, None without one.
 
         Raises:
-            ValueError: see `LambdaSGD.step`; or the network was moved to another type after this was built.
+            ValueError: see `LambdaSGD.step`; or the network was moved to another type after this was built, lam has a
+                gradient, or another optimizer than `weights` has stepped the weights.
         """
         loss = self._begin(closure)
+        if self._pairs[0][2].grad is not None:
+            raise ValueError("lam has a gradient of its own, which FusedHALO does not read: use LambdaSGD")
         if self._weights is not None:
-            self._asked = True
+            self._request.make()
             return loss
         with self.penalty.guard.adding(scaler):
             self._pass()
@@ -209,13 +217,14 @@ class FusedHALO(LambdaSGD):
 
     @torch.no_grad()
     def _before_weights(self, weights: SGD, args: tuple, kwargs: dict) -> None:
-        if not self._asked:
+        if not self._request.open:
             return
+        require_known_options(weights.param_groups[0])  # load_state_dict brings those of the saved optimizer
         if hasattr(weights, "found_inf"):  # a fused SGD, which a scaler leaves to unscale or not to step
             raise ValueError("SGD(fused=True) and a GradScaler: build FusedHALO without weights=, or SGD without fused")
         if any(argument is not None for argument in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) and FusedHALO(weights=optimizer): call the closure before step()")
-        self._asked = False
+        self._request.take()
         require_current(self.penalty.penalized)
         self._pass()
 
@@ -264,7 +273,7 @@ def require_plain_sgd(weights: Optimizer, penalty: HALO) -> None:
     Raises:
         ValueError: it is none, is no SGD, has several groups, an option that the kernel lacks, or not all weights.
     """
-    remedy = "leave out weights=, and FusedHALO steps lam alone"
+    remedy = ALONE
     if type(weights) is not SGD:
         raise ValueError(f"weights= takes a torch.optim.SGD, got {type(weights).__name__}: {remedy}")
     if len(weights.param_groups) > 1:
@@ -272,35 +281,23 @@ def require_plain_sgd(weights: Optimizer, penalty: HALO) -> None:
             f"weights= takes an SGD of one parameter group, this has {len(weights.param_groups)}: {remedy}"
         )
     (group,) = weights.param_groups
-    for option in OTHER_SGD:
-        if group[option]:
-            raise ValueError(f"weights= takes an SGD without {option}, this has {option}={group[option]}: {remedy}")
+    require_known_options(group)
     stepped = {id(p) for p in group["params"]}
     for name, w in penalty.penalized.items():
         if id(w) not in stepped:
             raise ValueError(f"{name!r} is penalised, but the optimizer of weights= does not have it: {remedy}")
 
 
-def velocity_of(optimizer: SGD, parameter: Tensor) -> Tensor:
-    """Return the momentum buffer of a parameter, made of zeros if there is none, laid out as the parameter is."""
-    state = optimizer.state[parameter]
-    buffer = state.get("momentum_buffer")
-    if buffer is not None and buffer.shape != parameter.shape:  # the kernel would write beyond it
-        raise ValueError(f"a momentum of shape {tuple(buffer.shape)}, not {tuple(parameter.shape)}: load another state")
-    if buffer is None or buffer.stride() != parameter.stride():
-        state["momentum_buffer"] = torch.zeros_like(parameter) if buffer is None else aligned(buffer, parameter)
-    return state["momentum_buffer"]
-
-
-def align_momenta_(optimizer: SGD) -> None:
-    """Lay every momentum out as its parameter is: a fused step walks both in the order of memory, on a CPU unchecked.
+def require_known_options(group: dict) -> None:
+    """Raise unless the kernel has all that a group of an SGD asks for.
 
     Raises:
-        ValueError: one has not the shape of its parameter.
+        ValueError: it does not; with a maximizing optimizer nobody may add the penalty to the gradients.
     """
-    for parameter, state in optimizer.state.items():
-        if state.get("momentum_buffer") is not None:
-            velocity_of(optimizer, parameter)
+    for option in OTHER_SGD:
+        if group[option]:
+            remedy = "minimise the negative, or use DecoupledLambdaSGD" if option == "maximize" else ALONE
+            raise ValueError(f"weights= takes an SGD without {option}, this has {option}={group[option]}: {remedy}")
 
 
 @cache

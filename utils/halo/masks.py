@@ -16,7 +16,7 @@ WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class FixedZeros:
-    """Holds weights at exactly zero, from now on, in any training loop.
+    """Holds weights at exactly zero, from now on, with any optimizer that works element by element (Muon does not).
 
     A weight that is zero stays zero as long as its gradient and its momentum are: every penalty here has the slope
     sign(0) = 0 there, and weight decay takes a share of nothing. So it is enough to call `clear_grad_()` after each
@@ -65,6 +65,7 @@ class FixedZeros:
             keep.copy_(masks[name]).sub_(1)  # every bit set where the weight is kept, none where it is not
         self.zeros = self.total - sum(int(keep.count_nonzero()) for keep in self._keep.values())
         self.clear_(optimizer)
+        self._seen = False  # whether the weights are zero after a step
 
     @torch.no_grad()
     def clear_(self, optimizer: Optimizer | None = None) -> None:
@@ -81,7 +82,19 @@ class FixedZeros:
                 and_(w.grad, self._keep[name])
 
     def advance_(self) -> None:
-        """Count a step of the optimizer; a mask that is fixed from the start has nothing to do."""
+        """Count a step of the optimizer, and see after the first with a mask whether the weights are zero.
+
+        Raises:
+            ValueError: some are not.
+        """
+        for name, w in () if self._seen else self.weights.items():
+            moved = int((w.detach() != 0).logical_and_(self._keep[name] == 0).count_nonzero())
+            if moved:
+                raise ValueError(
+                    f"{moved} weights of {name} that are held at zero have moved: their momentum was not cleared (call "
+                    "clear_(optimizer)), or clear_grad_() was left out, or the optimizer mixes weights, as Muon does"
+                )
+        self._seen = True
 
     def state_dict(self) -> dict:
         """Return all that a checkpoint needs to go on: tensors and plain types."""

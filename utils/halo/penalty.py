@@ -25,10 +25,9 @@ class Penalty(nn.Module):
         ValueError: it is no mapping, there is no tensor, or one is not floating point.
 
     Note:
-        Computed in fp32 whatever the type of w (fp64 for fp64): xi = 1e-8 underflows in fp16, 1/lam^2 overflows.
-        `penalty.half()` and the like leave lam in it too. `model.penalty = HALO(...)` makes lam a part of
-        `model.parameters()` and of the model's state_dict; with `LambdaSGD` that is harmless, since lam has no gradient
-        outside of its step. A penalty of your own needs `forward()`, and `__init__` for what it learns.
+        Computed in fp32 whatever the type of w (fp64 for fp64), also after `penalty.half()`: xi = 1e-8 underflows in
+        fp16, 1/lam^2 overflows. `model.penalty = HALO(...)` makes lam a part of the model's parameters and state_dict:
+        docs/own_loop.md. A penalty of your own needs `forward()`, and `__init__` for what it learns.
     """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
@@ -79,6 +78,10 @@ class Penalty(nn.Module):
                 f"these gradients hold the penalty already, by {way}: add it in one way alone, by the step of a "
                 "LambdaSGD, or by add_grad_() and an optimizer of your own for lam, or in the loss and by that"
             )
+
+    def leave(self, way: str) -> None:
+        """Know that what entered on a way is used up, the gradients of lam dropped."""
+        self._entered.discard(way)
 
     def _is_gone(self) -> bool:
         """Return whether the gradients hold the penalty no longer: those of lam, where there is one, tell."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 from utils.options import PENALTIES
+from utils.studies.measurements import is_number
 from utils.studies.methods import as_list, joined
 
 MOST_CONFIGS = 10_000  # of one method; a grid beyond it is a slip, and merely listing it would take minutes
@@ -32,12 +34,11 @@ def check_numbers(key: str, values: object, *, low: float, high: float = math.in
     if not isinstance(values, list) or not values:
         _refuse(key, values, f"give a list of {kind} {span}")
     for value in values:
-        is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not low <= value <= high:
+        if not is_number(value, low, high) or (whole and not isinstance(value, int)):
             _refuse(key, value, f"give {kind} {span}")
     names = [str(value) if whole else f"{value:g}" for value in values]  # as in the names of folders and files
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(names).items():
+        if count > 1:
             digits = "" if whole else " to six digits"
             _refuse(key, values, f"{name} stands there twice{digits}; leave one out")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import pickle
@@ -33,6 +34,15 @@ ANSWER = 8  # seconds in which a scheduler must answer
 MISSING = "a Dask cluster needs the package distributed: pip install -r requirements-cluster.txt"
 
 
+def _code() -> str:
+    """Return the SHA-256 of the code in this repository."""
+    files = sorted(path for folder in ("models", "utils") for path in (REPOSITORY / folder).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+CODE = _code()  # that this process runs, whatever becomes of the files
+
+
 @dataclass(frozen=True)
 class Command:
     """What workers know of the command that sends them jobs.
@@ -42,12 +52,14 @@ class Command:
         data: folder of the images.
         holds: the names in it.
         arguments: the command line, for config.json.
+        code: which its process began with.
     """
 
     lock: Lock
     data: str
     holds: frozenset[str]
     arguments: tuple[str, ...]
+    code: str = CODE
 
     @classmethod
     def here(cls, lock: Lock, data: str) -> Command:
@@ -96,7 +108,7 @@ def require_one_thread(threads: int) -> None:
 
 
 def look(command: Command) -> str:
-    """Make sure, on a worker, that it sees the folders of the command.
+    """Make sure, on a worker, that it sees the folders of the command and began with the same code.
 
     Returns:
         The name of the machine with the cores that the worker may use, which workers may share.
@@ -104,6 +116,8 @@ def look(command: Command) -> str:
     Raises:
         OSError: it does not; with the folder.
     """
+    if command.code != CODE:
+        raise OSError("began with another version of this repository than the command: restart the older of the two")
     out = command.lock.path.parent
     if not command.lock.is_held():
         raise OSError(f"does not see --out {out} as this machine does: it must be on a shared file system")

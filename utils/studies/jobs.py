@@ -192,13 +192,16 @@ def require_same_options(job: Job) -> None:
     Raises:
         ValueError: it was trained with other options, or was measured and does not say with which it was trained.
     """
-    summary = read_summary(job.folder / "run" / "summary.json") or read_json(job.folder / "failed.json")
-    if summary is None and has_lost_its_options(job.folder):
+    run = job.folder / "run"
+    recorded = read_summary(run / "summary.json") or read_json(job.folder / "failed.json")
+    if recorded is None and has_lost_its_options(job.folder):
         raise ValueError(f"{job.folder} has lost its run/summary.json: bring it back, or remove the folder")
-    if not (summary or {}).get("arguments"):  # a failure of an older version
+    if recorded is None and (run / "checkpoint.pth.tar").exists():  # it is to go on
+        recorded = read_json(run / "config.json")
+    if not (recorded or {}).get("arguments"):  # a failure of an older version
         return
     args = training_arguments(job.study, job.config, seed=job.seed, folder=job.folder, data=job.data)
-    was, now = summary["arguments"], vars(args)
+    was, now = recorded["arguments"], vars(args)
     free = FREE_ON_RESUME - {"epochs"} | {key for key in KEPT_ON_RESUME if None in (was.get(key), now.get(key))}
     absent = {key for key in now if key not in was and (now[key] is None or now[key] is False)}  # of an older version
     changed = [key for key in was | now if key not in free | absent and was.get(key) != now.get(key)]

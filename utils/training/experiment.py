@@ -219,6 +219,8 @@ def train(
         load_state(experiment, state, args.resume)
     else:
         begin(experiment)
+        if lock:
+            lock.require()
         if is_main():
             clear_run(experiment.folder)
     return experiment.run()

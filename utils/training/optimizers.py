@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-from utils.halo.lambda_sgd import FusedHALO, LambdaSGD, is_halo, velocity_of
+from utils.halo.lambda_sgd import FusedHALO, LambdaSGD, is_halo
+from utils.halo.memory import velocity_of
 from utils.halo.penalties import Penalty
 from utils.logger import warn
 

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 
 def write_outputs(run: Experiment) -> dict:
-    """Write final.pth.tar, the arrays, the figures and summary.json; return the summary."""
+    """Write final.pth.tar, the arrays, the figures and summary.json; return the summary.
+
+    Raises:
+        LockedError: another process has taken the folder over; it is left alone.
+    """
+    if run.lock:
+        run.lock.require()
     last, best, top1 = run.history[-1], run.best, f"{run.held_out}_top1"
     summary = {
         "arguments": vars(run.args),

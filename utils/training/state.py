@@ -10,7 +10,7 @@ from torch import Tensor
 
 from utils.distributed import gathered, is_main, rank, require_equal
 from utils.files.checkpoint import CheckpointError, load_weights, save_checkpoint
-from utils.halo.lambda_sgd import align_momenta_
+from utils.halo.memory import align_momenta_
 from utils.logger import write_csv
 from utils.options import check_gmp
 from utils.run import END_FILES

@@ -32,7 +32,10 @@ def begin_folder(run: Experiment) -> None:
     Raises:
         OSError: they cannot be written.
         CheckpointError: the best network so far is not there.
+        LockedError: another process has taken the folder over; it is left alone.
     """
+    if run.lock:
+        run.lock.require()
     checkpoint, best = run.folder / "checkpoint.pth.tar", run.folder / "model_best.pth.tar"
     source = Path(os.path.realpath(run.args.resume or checkpoint))
     own, here = run.args.resume and source == Path(os.path.realpath(checkpoint)), source.parent == run.folder.resolve()
