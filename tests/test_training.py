@@ -153,9 +153,9 @@ def test_every_option_reaches_the_optimizer_it_is_of():
     assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in groups] == [(0.3, 0.7, 0.02), (0.2, 0.7, 0.003)]
     for expected in ([0.3, 0.2], [0.15, 0.05], [0.0375, 0.0125]):
         assert [scheduler.get_last_lr()[0] for scheduler in schedulers] == pytest.approx(expected)
+        for parameter in model.parameters():  # lam has no gradient outside of its step
+            parameter.grad = torch.zeros_like(parameter)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             scheduler.step()
 
