@@ -273,19 +273,16 @@ def require_plain_sgd(weights: Optimizer, penalty: HALO) -> None:
     Raises:
         ValueError: it is none, is no SGD, has several groups, an option that the kernel lacks, or not all weights.
     """
-    remedy = ALONE
     if type(weights) is not SGD:
-        raise ValueError(f"weights= takes a torch.optim.SGD, got {type(weights).__name__}: {remedy}")
+        raise ValueError(f"weights= takes a torch.optim.SGD, got {type(weights).__name__}: {ALONE}")
     if len(weights.param_groups) > 1:
-        raise ValueError(
-            f"weights= takes an SGD of one parameter group, this has {len(weights.param_groups)}: {remedy}"
-        )
+        raise ValueError(f"weights= takes an SGD of one parameter group, this has {len(weights.param_groups)}: {ALONE}")
     (group,) = weights.param_groups
     require_known_options(group)
     stepped = {id(p) for p in group["params"]}
     for name, w in penalty.penalized.items():
         if id(w) not in stepped:
-            raise ValueError(f"{name!r} is penalised, but the optimizer of weights= does not have it: {remedy}")
+            raise ValueError(f"{name!r} is penalised, but the optimizer of weights= does not have it: {ALONE}")
 
 
 def require_known_options(group: dict) -> None:
