@@ -56,7 +56,7 @@ def test_a_batch_of_all_images_is_compiled_too(tiny, monkeypatch):
     """36 images in batches of 50: the only one of an epoch has 36."""
     sizes = []
     monkeypatch.setattr(
-        experiment, "CompiledNetwork", lambda forward, *, batch_size: sizes.append(batch_size) or forward
+        experiment, "CompiledNetwork", lambda forward, *, batch_size, **_: sizes.append(batch_size) or forward
     )
     for batch in (16, 36, 50):
         train(*tiny, "--compile", "--train_batch", batch, "--epochs", 1, "--device", "cpu", "--overwrite")

@@ -25,9 +25,10 @@ class CompiledNetwork:
     Args:
         network: the network, distributed or not.
         batch_size: images in a full batch of this process.
+        round_casts: round where the network does; the compiler leaves out casts to bf16 and back between its steps.
     """
 
-    def __init__(self, network: nn.Module, *, batch_size: int) -> None:
+    def __init__(self, network: nn.Module, *, batch_size: int, round_casts: bool = False) -> None:
         self.network, self.batch_size = network, batch_size
         self.batches, self.started = 0, 0.0
         self.compiled: Callable[[Tensor], Tensor] | None = None
@@ -35,7 +36,8 @@ class CompiledNetwork:
             warn("--compile needs a C++ compiler (g++, or that of the variable CXX): the network runs uncompiled")
             return
         use_cache()
-        self.compiled = torch.compile(network, dynamic=False)
+        options = {"emulate_precision_casts": True} if round_casts else None
+        self.compiled = torch.compile(network, dynamic=False, options=options)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits of a batch."""

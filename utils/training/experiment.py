@@ -80,7 +80,7 @@ class Experiment:
         if can_record(args, device):
             self.recorded = RecordedStep(self.optimizers, penalty, batch_size=batch_size)
         if args.compile:
-            self.forward = CompiledNetwork(self.forward, batch_size=batch_size)
+            self.forward = CompiledNetwork(self.forward, batch_size=batch_size, round_casts=self.precision.in_fp32)
         self.zeros: FixedZeros | None = None  # set by begin() or load_state()
         self.lock: Lock | None = None  # of the folder, set by train()
 
