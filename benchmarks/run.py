@@ -77,7 +77,7 @@ class Training:
         self.precision = Precision(device, amp)
         self.forward = self.model
         if compiled:
-            self.forward = CompiledNetwork(self.model, batch_size=BATCH[self.arch])
+            self.forward = CompiledNetwork(self.model, batch_size=BATCH[self.arch], round_casts=self.precision.in_fp32)
 
     def epoch(self, loader: Loader) -> None:
         """Train on all batches."""
@@ -157,6 +157,20 @@ def bench_layout() -> dict[str, list[dict]]:
         }
         times = interleave(functions, repeats=9, inner=inner)
         tables[f"One step without penalty, {name}"] = rows(times, reference="contiguous, fp32", faster=True)
+    return tables
+
+
+def bench_products() -> dict[str, list[dict]]:
+    """Compare the ways of --amp on a CPU: products of torch in that type, and products of rounded values in fp32."""
+    tables = {}
+    for amp in ("bf16", "fp16"):
+        trainings = {"fp32": Training("ResNet-20", halo=False)}
+        for in_fp32, label in enumerate((f"products in {amp}", "products in fp32")):
+            trainings[f"--amp {amp}, {label}"] = training = Training("ResNet-20", halo=False, amp=amp)
+            training.precision.in_fp32 = bool(in_fp32)
+        functions = {label: step_of(training, None) for label, training in trainings.items()}
+        table = rows(interleave(functions, repeats=5), reference="fp32", faster=True)
+        tables[f"One step without penalty, ResNet-20, batch 64, {amp}"] = table
     return tables
 
 
@@ -343,6 +357,7 @@ def bench_epoch() -> dict[str, list[dict]]:
 BENCHMARKS = {
     "step": bench_step,
     "layout": bench_layout,
+    "products": bench_products,
     "penalty": bench_penalty,
     "scaling": bench_scaling,
     "memory": bench_memory,

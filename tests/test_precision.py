@@ -9,13 +9,17 @@ from conftest import train
 from test_cifar import HALO as HALO_OPTIONS
 from test_cifar import assert_equal_runs, rows
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import HALO, make_penalty, penalized_parameters
 from utils.files.checkpoint import load_checkpoint
 from utils.halo.lambda_sgd import FusedHALO
+from utils.training.compiled import CompiledNetwork
 from utils.training.epoch import train_one_epoch
 from utils.training.optimizers import make_optimizers
-from utils.training.precision import Precision
+from utils.training.precision import DTYPES, Precision, ProductsInFp32, computes_quickly
 
 CPU = torch.device("cpu")
 
@@ -114,3 +118,93 @@ def test_a_gpu_without_bf16_is_told_to_take_fp16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
     with pytest.raises(ValueError, match="Old GPU.*--amp fp16"):
         Precision(torch.device("cuda", 0), "bf16")
+
+
+def near_integers(*shape, amp):
+    """Return values of 1 and 2 in size that this type rounds to integers; up to 256 all sums of those are exact."""
+    below_half = 0.45 * torch.finfo(DTYPES[amp]).eps
+    return (torch.randint(1, 3, shape) + below_half * torch.rand(shape)) * (2 * torch.randint(2, shape) - 1)
+
+
+class Products(nn.Module):
+    """Convolutions and matrix products of 5x5 images, written as networks write them."""
+
+    def __init__(self, amp):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(2, 3, 3), nn.Linear(50, 4)
+        self.same, self.mixing = nn.Parameter(torch.empty(3, 2, 3, 3)), nn.Parameter(torch.empty(50, 4))
+        for p in self.parameters():
+            p.data = near_integers(*p.shape, amp=amp)
+
+    def forward(self, x):
+        row = x.flatten(1)
+        maps = self.conv(x), F.conv2d(x, weight=self.same, bias=None, padding="same")
+        return torch.cat([y.flatten(1) for y in (*maps, self.linear(row), row @ self.mixing, row.mm(self.mixing))], 1)
+
+
+def one_pass(amp, *, in_fp32, dtype=torch.float32, compiled=False, enabled=True):
+    """Return the output for four images and all gradients."""
+    torch.manual_seed(0)
+    model, images = Products(amp).to(dtype), near_integers(4, 2, 5, 5, amp=amp).to(dtype).requires_grad_()
+    precision = Precision(CPU, amp if enabled else None)
+    precision.in_fp32 = in_fp32
+    forward = CompiledNetwork(model, batch_size=4, round_casts=in_fp32) if compiled else model
+    with precision.autocast():
+        output = forward(images)
+    (output.float() * near_integers(*output.shape, amp=amp)).sum().backward()
+    return output, images.grad, *(p.grad for p in model.parameters())
+
+
+COMPILED = pytest.param(True, marks=pytest.mark.skipif(torch.__version__ < "2.14", reason="2.6 leaves casts out"))
+
+
+@pytest.mark.parametrize("compiled", [False, COMPILED])
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_products_in_fp32_are_those_of_the_type_bit_for_bit(amp, compiled):
+    """Of values whose sums are exact; else they differ by the order of summation."""
+    of_torch, in_fp32 = one_pass(amp, in_fp32=False), one_pass(amp, in_fp32=True, compiled=compiled)
+    exact = one_pass(amp, in_fp32=False, enabled=False)
+    for a, b, c in zip(of_torch, in_fp32, exact, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+        assert not torch.equal(a.float(), c)  # else rounding would not show
+
+
+def test_no_product_is_left_in_the_slow_type():
+    class Types(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "conv" in func.__name__ or "mm" in func.__name__:
+                seen.append(args[1].dtype)
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    with Types():
+        one_pass("bf16", in_fp32=True)
+    assert len(seen) >= 12 and set(seen) == {torch.float32}  # five products, and the gradients of their factors
+
+
+def test_products_in_fp32_leave_fp64_and_what_is_outside_autocast_alone():
+    for options in ({"dtype": torch.float64}, {"enabled": False}):
+        for a, b in zip(*(one_pass("bf16", in_fp32=way, **options) for way in (True, False)), strict=True):
+            assert a.dtype == b.dtype == options.get("dtype", torch.float32) and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_cpu_without_bf16_trains_in_fp32_products_and_says_so(quick, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("utils.training.precision.computes_quickly", lambda device, amp: quick)
+    monkeypatch.setattr("utils.training.announce.computes_quickly", lambda device, amp: quick)
+    calls = []
+    monkeypatch.setattr(ProductsInFp32, "__enter__", lambda self: calls.append(1) or TorchFunctionMode.__enter__(self))
+    train(*tiny, "--amp", "--device", "cpu")
+    assert bool(calls) != quick
+    assert ("bf16 by products in fp32 (this CPU has none in bf16" in capsys.readouterr().out) != quick
+
+
+def test_which_products_are_quick_is_asked_of_torch(monkeypatch):
+    class Operators:
+        @staticmethod
+        def _is_mkldnn_bf16_supported():
+            return True
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Operators)  # without the other, as where torch has no oneDNN
+    assert computes_quickly(CPU, "bf16") and not computes_quickly(CPU, "fp16")
+    assert computes_quickly(torch.device("cuda"), "fp16")

@@ -17,6 +17,7 @@ from utils.halo.lambda_sgd import is_halo, load_kernel
 from utils.halo.penalties import Penalty
 from utils.paths import REPOSITORY
 from utils.training.dataset import Dataset
+from utils.training.precision import computes_quickly
 
 
 def data_line(args: argparse.Namespace, data: Dataset) -> str:
@@ -42,8 +43,15 @@ def compute_line(args: argparse.Namespace, penalty: Penalty, device: torch.devic
     """Say where the network is computed and where everything goes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     several = f", {processes()} processes" if processes() > 1 else ""
-    place = f"{name}, {torch.get_num_threads()} threads{several}, {args.amp or 'fp32'}{kernel(penalty, device)}"
-    return f"compute  {place}; save_dir {args.save_dir}"
+    how = f"{precision(args.amp, device)}{kernel(penalty, device)}"
+    return f"compute  {name}, {torch.get_num_threads()} threads{several}, {how}; save_dir {args.save_dir}"
+
+
+def precision(amp: str | None, device: torch.device) -> str:
+    """Say in which type the network is computed."""
+    if amp is None or computes_quickly(device, amp):
+        return amp or "fp32"
+    return f"{amp} by products in fp32 (this CPU has none in {amp}: --amp saves no time)"
 
 
 def kernel(penalty: Penalty, device: torch.device) -> str:

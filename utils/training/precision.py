@@ -15,8 +15,8 @@ from utils.options import OptionError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-MATRIX_PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
+PRODUCTS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear}
+PRODUCTS |= {torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}  # @ is Tensor.matmul here
 
 
 def computes_quickly(device: torch.device, amp: str) -> bool:
@@ -42,7 +42,7 @@ class ProductsInFp32(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         """Call a function of torch; see the class."""
         kwargs = kwargs or {}
-        if func not in CONVOLUTIONS | MATRIX_PRODUCTS or not torch.is_autocast_enabled("cpu"):
+        if func not in PRODUCTS or not torch.is_autocast_enabled("cpu"):
             return func(*args, **kwargs)
         low = torch.get_autocast_dtype("cpu")
 
