@@ -155,7 +155,7 @@ def one_pass(amp, *, in_fp32, dtype=torch.float32, compiled=False, enabled=True)
     return output, images.grad, *(p.grad for p in model.parameters())
 
 
-COMPILED = pytest.param(True, marks=pytest.mark.skipif(torch.__version__ < "2.14", reason="2.6 leaves casts out"))
+COMPILED = pytest.param(True, marks=pytest.mark.skipif(torch.__version__ < "2.14", reason="casts left out"))
 
 
 @pytest.mark.parametrize("compiled", [False, COMPILED])

@@ -25,7 +25,8 @@ class CompiledNetwork:
     Args:
         network: the network, distributed or not.
         batch_size: images in a full batch of this process.
-        round_casts: round where the network does; the compiler leaves out casts to bf16 and back between its steps.
+        round_casts: round where the network does, with torch 2.14 or newer; else the compiler leaves out casts to bf16
+            and back within a step of its own.
     """
 
     def __init__(self, network: nn.Module, *, batch_size: int, round_casts: bool = False) -> None:
@@ -36,6 +37,7 @@ class CompiledNetwork:
             warn("--compile needs a C++ compiler (g++, or that of the variable CXX): the network runs uncompiled")
             return
         use_cache()
+        round_casts = round_casts and torch.__version__ >= "2.14"  # in 2.6 it fails to compile
         options = {"emulate_precision_casts": True} if round_casts else None
         self.compiled = torch.compile(network, dynamic=False, options=options)
 

@@ -15,8 +15,10 @@ from utils.options import OptionError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-PRODUCTS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear}
-PRODUCTS |= {torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}  # @ is Tensor.matmul here
+PRODUCTS = (  # @ is Tensor.matmul here; no set, which torch.compile cannot read in torch 2.6
+    *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear),
+    *(torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm),
+)
 
 
 def computes_quickly(device: torch.device, amp: str) -> bool:
