@@ -159,6 +159,17 @@ def test_a_stop_during_start_up_says_so(stop, status, capsys, monkeypatch):
     assert capsys.readouterr().err.strip().endswith(": interrupted")
 
 
+def test_what_is_wrong_with_a_megabyte_is_said_in_a_line_of_both_its_ends(capsys, monkeypatch):
+    def fail(args):
+        raise ValueError("bad \n" + "x" * 10**6 + " give another")
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit):
+        run_script(fail, options.Parser("Nothing."))
+    line = capsys.readouterr().err
+    assert "error: bad xxx" in line and line.endswith("xxx give another\n") and 2000 < len(line) < 2200
+
+
 @pytest.mark.parametrize(
     "error, status",
     [

@@ -142,9 +142,10 @@ def warn(text: str) -> None:
         print(_for(sys.stderr, f"note: {text}"), file=sys.stderr, flush=True)
 
 
-def one_line(error: Exception) -> str:
-    """Return the beginning of what an error of torch says, which may be a page, in one line."""
-    return " ".join(str(error).split())[:200]
+def one_line(error: BaseException, most: int = 200) -> str:
+    """Return what an error says in one line: of a page of torch's, or of a value of a damaged file, both ends."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else f"{text[: most // 2]} [...] {text[-(most // 2) :]}"
 
 
 def _for(stream: IO[str], text: str) -> str:
