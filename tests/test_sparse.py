@@ -119,10 +119,11 @@ def test_threads_share_the_operations_of_few_images(name, monkeypatch):
 
 
 def test_threads_share_only_large_operations():
-    for arch, sparsity, want in (("vgg16_bn", 0.5, (2, True)), ("resnet", 0.9, (1, False))):
+    """Large and small by far: an operation takes as many vectors as the registers of a processor are narrow."""
+    for arch, size, sparsity, want in (("vgg16_bn", 32, 0.5, (2, True)), ("resnet", 16, 0.9, (1, False))):
         fast = SparseNetwork(pruned(build_model(arch, 10, 20 if arch == "resnet" else None), sparsity))
-        fast(images(1, 3, 32, 32))
-        prepared = fast._prepared[3, 32, 32]
+        fast(images(1, 3, size, size))
+        prepared = fast._prepared[3, size, size]
         assert all(sparse._threads_for(prepared, *jobs, most=2) == want for jobs in ((0, 1), (1, 0)))
         assert all(sparse._threads_for(prepared, *jobs, most=2) == (2, False) for jobs in ((0, 3), (4, 0)))
 
