@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
+# Where the environment forbids files of bytecode, every process would compile torch anew, for seconds.
+export PYTHONDONTWRITEBYTECODE :=
 DEMO := runs/demo
 DIGITS := -d digits -a resnet --depth 20
 TRAIN := $(RUN) cifar.py $(DIGITS) --wd 0 --epochs 14 --schedule 9 12 --overwrite
