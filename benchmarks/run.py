@@ -1,6 +1,6 @@
 """Measure the speed and the memory of HALO against the plain step and against a naive HALO.
 
-    python benchmarks/run.py                       # everything, 19 minutes: make bench
+    python benchmarks/run.py                       # everything, 20 minutes: make bench
     python benchmarks/run.py --only step memory    # some of it
 
 Prints tables in Markdown; leaves results.json, tables.md and scaling.png in --save (default runs/bench).
