@@ -37,8 +37,8 @@ class ProductsInFp32(TorchFunctionMode):
     these types take ten times as long as in fp32.
 
     Note:
-        Products inside a function of torch that is one call here (an einsum, multi-head attention) stay torch's own:
-        as exact, but slow. Not in the release, which computes in fp32 only.
+        Products inside a function of torch that is one call here (an einsum, multi-head attention) stay torch's own,
+        and slow. Not in the release, which computes in fp32 only.
     """
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
