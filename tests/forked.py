@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -14,7 +15,8 @@ CONTEXT.set_forkserver_preload(["cifar", "mnist.mnist", "torch._dynamo", "sklear
 
 
 def become(script: Path, options: list[str], environment: dict[str, str], cwd: Path, pipes: tuple[str, str]) -> None:
-    """Be what `python script options` is, in this environment and folder, writing to two files."""
+    """Be what `python script options` is, in this environment and folder, writing to two files; Ctrl-C arrives."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background may have had it ignored
     for number, path in enumerate(pipes, start=1):
         os.dup2(os.open(path, os.O_WRONLY), number)
     os.environ.update(environment)
@@ -24,11 +26,18 @@ def become(script: Path, options: list[str], environment: dict[str, str], cwd: P
 
 
 class Forked:
-    """A script that runs; the names are those of subprocess.Popen."""
+    """A script that runs; the names are those of subprocess.Popen, but that `stderr` is the path of a terminal."""
 
-    def __init__(self, *options: object, script: str = "cifar.py", env: dict | None = None, cwd: Path | None = None):
+    def __init__(
+        self,
+        *options: object,
+        script: str = "cifar.py",
+        env: dict | None = None,
+        cwd: Path | None = None,
+        stderr: str | None = None,
+    ):
         self.files = [tempfile.NamedTemporaryFile(mode="r") for _ in range(2)]  # noqa: SIM115  (to the end)
-        pipes = tuple(file.name for file in self.files)
+        pipes = (self.files[0].name, stderr or self.files[1].name)
         work = (ROOT / script, [str(option) for option in options], env or {}, cwd or Path.cwd(), pipes)
         self.process = CONTEXT.Process(target=become, args=work, daemon=True)
         self.process.start()
@@ -41,6 +50,10 @@ class Forked:
     def poll(self) -> int | None:
         """Return the exit status, None while it runs."""
         return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.process.pid, number)
 
     def kill(self) -> None:
         """Kill it with SIGKILL."""

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import time
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -357,9 +356,7 @@ def wait_for(condition, process, *, seconds=60):
 
 
 def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
-    # A shell in the background may have had SIGINT ignored; here it arrives.
-    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    process = start(*tiny, *HALO, "--epochs", "500", preexec_fn=heed)
+    process = Forked(*tiny, *HALO, "--epochs", "500")
     log = tmp_path / "run" / "log.csv"
     wait_for(lambda: log.exists() and len(rows(log.parent)) >= 1, process)
     process.send_signal(signal.SIGINT)
@@ -388,7 +385,8 @@ def test_a_terminal_sees_a_bar_and_a_pipe_does_not(tiny, tmp_path):
     import pty
 
     terminal, inside = pty.openpty()
-    process = start(*tiny, "--device", "cpu", "--epochs", "1", "--train_batch", "2", stderr=inside)
+    command = [*tiny, "--device", "cpu", "--epochs", "1", "--train_batch", "2"]
+    process = Forked(*command, stderr=os.ttyname(inside))
     output, _ = process.communicate(timeout=60)
     os.close(inside)
     shown = os.read(terminal, 100_000).decode()

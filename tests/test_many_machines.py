@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -77,17 +78,28 @@ def dask(tmp_path_factory):
     cluster.end()
 
 
+@contextmanager
+def threads_of_two_workers():
+    """Compute with as many threads as one of two workers has: sums are the same to the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads_each(2))
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    """The folder of the study LONG, run on this machine by two processes."""
+    """The folder of the study LONG, run in this process."""
     folder = tmp_path_factory.mktemp("local")
-    run(write_study(folder, **LONG), "--out", folder / "out", "--jobs", 2)
+    with pytest.MonkeyPatch.context() as patch, threads_of_two_workers():
+        patch.setattr(phases, "run_jobs", lambda jobs, workers: ((job, run_job(job)) for job in jobs))
+        run(write_study(folder, **LONG), "--out", folder / "out", "--jobs", 2)
     return folder / "out"
 
 
 @pytest.fixture
 def inline(monkeypatch):
-    """Run the jobs of `local_workers` in this process, with as many threads as one of two workers has."""
+    """Run the jobs of `local_workers` in this process."""
 
     class Pool:
         def __init__(self, *_, **__):
@@ -104,13 +116,11 @@ def inline(monkeypatch):
         def shutdown(self, **_):
             pass
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads_each(2))
     monkeypatch.setattr(executors, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr("utils.studies.report.plot_pareto", lambda *_, **__: None)
     monkeypatch.setattr("utils.studies.report.plot_study", lambda *_, **__: None)
-    yield
-    torch.set_num_threads(threads)
+    with threads_of_two_workers():
+        yield
 
 
 def test_a_cluster_computes_what_one_machine_does_though_a_worker_is_killed_in_mid_run(dask, local, tmp_path, capsys):

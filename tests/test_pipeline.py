@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, start
+from forked import Forked
 from torch import nn
 
 import check_params
@@ -36,9 +37,9 @@ def call(script, *options):
     return script.main(script.get_parser().parse_args([str(option) for option in options]))
 
 
-def command_line(script, *options, cwd=None):
-    """Run a script as a user does; return what it prints."""
-    process = start(*options, script=script, cwd=cwd)
+def command_line(script, *options, cwd=None, begin=Forked):
+    """Run a script as a process of its own; return what it prints."""
+    process = begin(*options, script=script, cwd=cwd)
     output, errors = process.communicate(timeout=600)  # beside trainings that go first, an epoch took two minutes
     assert process.returncode == 0, errors
     return output
@@ -103,7 +104,7 @@ def test_mnist_from_any_folder(tmp_path):
         "--psi",
         "1e-4",
     ]
-    command_line("mnist/mnist.py", *run, "--save_dir", "run", cwd=tmp_path)
+    command_line("mnist/mnist.py", *run, "--save_dir", "run", cwd=tmp_path, begin=start)  # nothing imported before
     prune = ["-d", "digits", "-a", "lenet_300_100", "--percent", "0.9", "--resume", "run/final.pth.tar"]
     command_line("mnist/mnist.py", *prune, "--save_dir", "pruned", cwd=tmp_path)
     state = load_checkpoint(tmp_path / "pruned" / "pruned_0.9.pth.tar")

@@ -12,7 +12,8 @@ import sys
 import termios
 
 import pytest
-from conftest import ROOT, start, train
+from conftest import ROOT, train
+from forked import Forked
 
 from models import build_model
 from utils import logger, penalized_parameters
@@ -31,8 +32,9 @@ def watch(*options, widths):
     """
     terminal, inside = pty.openpty()
     set_columns(terminal, widths[0])
-    process = start(*options, stderr=inside)
-    os.close(inside)
+    process = Forked(*options, stderr=os.ttyname(inside))
+    assert select.select([terminal], [], [], 120)[0]
+    os.close(inside)  # the process has opened it by now; when that ends, so does reading
     seen, text = {width: [] for width in widths}, ""
     position = 0
     while True:
@@ -133,7 +135,7 @@ def test_a_run_says_what_it_is_and_what_comes_next(tiny, tmp_path, images, capsy
     said = re.fullmatch(r"outputs in (\S+); next, prune: python (.*)", lines[-1])
     assert said[1] == str(tmp_path / "run")
     script, *arguments = shlex.split(said[2])
-    process = start(*arguments, script=os.path.abspath(script))
+    process = Forked(*arguments, script=script)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     names = "pruned_0.9.pth.tar, pruned_0.95.pth.tar, pruned_0.98.pth.tar, prune.json"
