@@ -163,8 +163,29 @@ def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], i
         args.image_size = args.image_size or (None if from_file else 32)  # None: what the file has
     elif args.image_size is not None:
         raise OptionError(f"--image_size is for -d folder: the images of {args.dataset} have one size")
-    coefficients = PENALTIES[args.penalty]
-    learned = args.penalty in LEARNED
+    resolve_penalty(args)
+    if args.no_test and not args.val_split:
+        raise OptionError("--no_test leaves nothing to choose the best epoch on: add --val_split N")
+    if args.linear and ":" not in args.arch:
+        raise OptionError(
+            f"--linear is for networks of your own; what takes part in {args.arch} is settled: leave it out"
+        )
+    if args.evaluate and args.no_test:
+        raise OptionError("--evaluate reads the test images, --no_test leaves them alone: give one of them")
+    if args.evaluate and not args.resume:
+        raise OptionError("--evaluate needs the checkpoint to evaluate: add --resume FILE")
+    resolve_zeros(args)
+    if args.save_dir is None:
+        args.save_dir = f"runs/{args.dataset}_{args.arch.replace(':', '_')}_{args.penalty}_seed{args.seed}"
+
+
+def resolve_penalty(args: argparse.Namespace) -> None:
+    """Replace the coefficients that were not given by those of the penalty, in place.
+
+    Raises:
+        OptionError: the penalty does not have what was given.
+    """
+    coefficients, learned = PENALTIES[args.penalty], args.penalty in LEARNED
     for name in ("xi", "psi", "lambda_init"):
         if getattr(args, name) is None:
             setattr(args, name, coefficients.get(name))
@@ -179,19 +200,6 @@ def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], i
         _useless("--released_lr", args.penalty)
     if args.penalty == "mcp" and args.psi == 0:
         raise OptionError("--psi 0 makes MCP divide by zero: give a positive number")
-    if args.no_test and not args.val_split:
-        raise OptionError("--no_test leaves nothing to choose the best epoch on: add --val_split N")
-    if args.linear and ":" not in args.arch:
-        raise OptionError(
-            f"--linear is for networks of your own; what takes part in {args.arch} is settled: leave it out"
-        )
-    if args.evaluate and args.no_test:
-        raise OptionError("--evaluate reads the test images, --no_test leaves them alone: give one of them")
-    if args.evaluate and not args.resume:
-        raise OptionError("--evaluate needs the checkpoint to evaluate: add --resume FILE")
-    resolve_zeros(args)
-    if args.save_dir is None:
-        args.save_dir = f"runs/{args.dataset}_{args.arch.replace(':', '_')}_{args.penalty}_seed{args.seed}"
 
 
 def resolve_zeros(args: argparse.Namespace) -> None:

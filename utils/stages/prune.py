@@ -140,28 +140,14 @@ def _prune_each(args: argparse.Namespace, paths: dict[str, Path], dataset: str |
     numbers = partial(result_text, classes=len(data.classes))
     images = "val" if args.val_split else "test"
     loader = make_loader(data, images, device, arch=args.arch, batch_size=args.test_batch)
-    before, weights = evaluate(model, loader, device=device), prunable_weights(model, linear=linear)
-    if args.recalibrate_bn and not batch_norms(model):
-        raise OptionError(f"--recalibrate_bn {args.recalibrate_bn}: {args.arch} has no BatchNorm: leave it out")
-    if args.recalibrate_bn and not 2 <= args.recalibrate_bn <= len(data.train.labels):
-        raise OptionError(f"--recalibrate_bn {args.recalibrate_bn}: give 2 to {len(data.train.labels)} training images")
+    _check_recalibration(args, model, len(data.train.labels))
+    before = evaluate(model, loader, device=device)
+    before["sparsity"] = overall_sparsity(sparsity_per_layer(prunable_weights(model, linear=linear)))
     start = copy.deepcopy(model.state_dict())
-    report = {
-        "checkpoint": str(args.resume),
-        "dataset": args.dataset,
-        "arch": args.arch,
-        "depth": args.depth,
-        "of": args.of,
-        "scheme": args.scheme,
-        "seed": args.seed,
-        "images": images,
-        "recalibrate_bn": args.recalibrate_bn,
-        "before": before | {"sparsity": overall_sparsity(sparsity_per_layer(weights))},
-        "results": [],
-    }
-    say(f"before: sparsity {report['before']['sparsity']:.4f}  {numbers(before)}")
-    if report["before"]["sparsity"] > 0.01 and args.of == "nonzero":
+    say(f"before: sparsity {before['sparsity']:.4f}  {numbers(before)}")
+    if before["sparsity"] > 0.01 and args.of == "nonzero":
         warn("weights that are zero already do not count: --percent is of the others; --of all counts them too")
+    report = _heading(args) | {"images": images, "before": before, "results": []}
     for percent in args.percent:
         model.load_state_dict(start)
         result = _prune_once(args, model, percent, linear=linear) | savings(model, preprocessing.shape)
@@ -178,6 +164,21 @@ def _prune_each(args: argparse.Namespace, paths: dict[str, Path], dataset: str |
         report["results"].append(result)
     _write_report(paths, report, classes=len(data.classes))
     return report
+
+
+def _check_recalibration(args: argparse.Namespace, model: nn.Module, images: int) -> None:
+    """Raise unless --recalibrate_bn can be done with this many training images."""
+    asked = args.recalibrate_bn
+    if asked and not batch_norms(model):
+        raise OptionError(f"--recalibrate_bn {asked}: {args.arch} has no BatchNorm: leave it out")
+    if asked and not 2 <= asked <= images:
+        raise OptionError(f"--recalibrate_bn {asked}: give 2 to {images} training images")
+
+
+def _heading(args: argparse.Namespace) -> dict:
+    """Return what prune.json says of the options."""
+    names = ("dataset", "arch", "depth", "of", "scheme", "seed", "recalibrate_bn")
+    return {"checkpoint": str(args.resume)} | {name: getattr(args, name) for name in names}
 
 
 def _prune_once(args: argparse.Namespace, model: nn.Module, percent: float, *, linear: bool) -> dict:

@@ -39,10 +39,8 @@ def time_left(run: Experiment, elapsed: float, done: int) -> tuple[float, float]
     return whole - elapsed, whole - elapsed + later * (seconds_an_epoch(run) or whole)
 
 
-def run_epoch(run: Experiment) -> dict:
-    """Train and evaluate once; return the row for log.csv. Nothing is written."""
-    seed_others(run.args.seed, run.epoch, rank())
-    start, lrs = time.perf_counter(), [scheduler.get_last_lr()[0] for scheduler in run.schedulers]
+def _train(run: Experiment, start: float) -> dict[str, float]:
+    """Train for one epoch, which began at `start`, under a bar; return its means."""
     bar = BatchBar(f"epoch {run.epoch + 1}/{run.args.epochs}", len(run.train_loader))
 
     def show(done: int, metrics: Metrics) -> None:
@@ -53,7 +51,7 @@ def run_epoch(run: Experiment) -> dict:
             bar.update(done, [times, f"loss {so_far['loss']:.3f}", f"top-1 {so_far['top1']:.1f}%"])
 
     try:
-        train = train_one_epoch(
+        return train_one_epoch(
             run.model,
             run.train_loader,
             run.penalty,
@@ -67,6 +65,13 @@ def run_epoch(run: Experiment) -> dict:
         )
     finally:
         bar.clear()
+
+
+def run_epoch(run: Experiment) -> dict:
+    """Train and evaluate once; return the row for log.csv. Nothing is written."""
+    seed_others(run.args.seed, run.epoch, rank())
+    start, lrs = time.perf_counter(), [scheduler.get_last_lr()[0] for scheduler in run.schedulers]
+    train = _train(run, start)
     average_buffers_(run.model)
     training_seconds = time.perf_counter() - start
     for scheduler in run.schedulers:

@@ -36,31 +36,36 @@ def begin_folder(run: Experiment) -> None:
     """
     if run.lock:
         run.lock.require()
-    checkpoint, best = run.folder / "checkpoint.pth.tar", run.folder / "model_best.pth.tar"
+    checkpoint = run.folder / "checkpoint.pth.tar"
     source = Path(os.path.realpath(run.args.resume or checkpoint))
-    own, here = run.args.resume and source == Path(os.path.realpath(checkpoint)), source.parent == run.folder.resolve()
+    own = bool(run.args.resume) and source == Path(os.path.realpath(checkpoint))
     run.saved = run.epoch if own else None
-    brought = _best_before(run) if is_main() else None
+    best = _best_before(run) if is_main() else None
     try:
         if is_main():
-            if not own and not here:
+            if not own and source.parent != run.folder.resolve():
                 clear_run(run.folder)  # of the run that --overwrite replaces
-            described = describe(run.args, run.device) | describe_images(run.data) | describe_zeros(run)
-            write_json(run.folder / "config.json", described)
-            if run.epoch == 0:
-                save_checkpoint(run.folder / "init.pth.tar", network_state(run))
-            if brought and not own:
-                save_checkpoint(best, brought)
+            _write_first_files(run, None if own else best)
         if not own:
             save_state(run)
         elif is_main():  # killed behind the checkpoint, the others lack its epoch
             save_what_follows(run)
-        if is_main() and not brought and not _ends_with_best(run):
-            best.unlink(missing_ok=True)  # of epochs that are trained anew
+        if is_main() and not best and not _ends_with_best(run):
+            (run.folder / "model_best.pth.tar").unlink(missing_ok=True)  # of epochs that are trained anew
     except (OSError, CheckpointError):
         if is_main() and not checkpoint.exists():
             clear_run(run.folder)
         raise
+
+
+def _write_first_files(run: Experiment, best: dict | None) -> None:
+    """Write config.json, the first network of a run that begins, and the best one so far that a run brings along."""
+    described = describe(run.args, run.device) | describe_images(run.data) | describe_zeros(run)
+    write_json(run.folder / "config.json", described)
+    if run.epoch == 0:
+        save_checkpoint(run.folder / "init.pth.tar", network_state(run))
+    if best:
+        save_checkpoint(run.folder / "model_best.pth.tar", best)
 
 
 def _ends_with_best(run: Experiment) -> bool:
