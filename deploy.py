@@ -33,7 +33,7 @@ def get_parser() -> argparse.ArgumentParser:
     text = "batch sizes to measure"
     parser.add_argument("--batch", type=options.whole(1), nargs="+", default=[1, 16, 64, 256], metavar="N", help=text)
     parser.add_argument("--no_data", action="store_true", help="prove both forms on random images instead")
-    parser.add_argument("--no_compile", action="store_true", help="leave torch.compile, which takes minutes, out")
+    parser.add_argument("--no_compile", action="store_true", help="leave torch.compile out, which may take minutes")
     text = "also write OUT.onnx (requirements-deploy.txt)"
     parser.add_argument("--onnx", action="store_true", help=text)
     text = "also write the smaller network's weights as OUT.safetensors (requirements-deploy.txt)"

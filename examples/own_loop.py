@@ -3,8 +3,8 @@
     python examples/own_loop.py                          # handwritten digits, under a minute on one core
     python examples/own_loop.py --data DIR --epochs 30   # DIR/train/CLASS/*.png and DIR/test/CLASS/*.png
 
-needs torch, torchvision, scikit-learn for the digits, and the package halo (in this repository as it stands, elsewhere
-after `pip install .`). The lines marked 1 to 6 are all that HALO adds. On the digits it prints:
+needs torch, torchvision, scikit-learn for the digits alone, and the package halo (in this repository as it stands,
+elsewhere after `pip install .`). The lines marked 1 to 6 are all that HALO adds. On the digits it prints:
 
     top-1 (%)       dense     80%     90%     95%  of the weights of all convolutions removed
     no penalty       98.0    27.6    10.4    10.4
@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -44,6 +43,8 @@ def load_data(folder: str | None) -> tuple[Dataset, Dataset]:
             ImageFolder(Path(folder) / "train", v2.Compose(augmented)),
             ImageFolder(Path(folder) / "test", v2.Compose(plain)),
         )
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
     images = torch.tensor(digits.images, dtype=torch.float32)[order].div(16).unsqueeze(1).expand(-1, 3, -1, -1)

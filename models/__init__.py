@@ -88,7 +88,9 @@ def check_image_size(arch: str, size: int) -> None:
     """
     low, high = find_arch(arch).sizes
     if size < low or size > (high or size):
-        wanted = f"{low} to {high}" if high and high > low else f"{low} or more" if high is None else f"{low}"
+        wanted = f"{low} or more"
+        if high is not None:
+            wanted = f"{low} to {high}" if high > low else f"{low}"
         raise ValueError(f"-a {arch} cannot take {size}x{size} images: give --image_size {wanted}")
 
 
@@ -127,9 +129,10 @@ def build_model(
         arch: a key of ARCHS, or `module:function` (see `find_arch`).
         num_classes: number of outputs, at least 2.
         depth: number of weight layers; None takes the depth that the name states, 50 for `resnet`.
+        widths: of the layers that `halo.shrink` has made narrower, as `models.widths.widths_of` gives them.
 
     Returns:
-        A network that maps images (N, *ARCHS[arch].shape) to logits (N, num_classes).
+        A network that maps images (N, *find_arch(arch).shape) to logits (N, num_classes).
 
     Raises:
         ValueError: arch is unknown, depth contradicts it, there are fewer than 2 classes, or the widths do not fit.

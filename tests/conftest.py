@@ -1,5 +1,6 @@
 """Helpers shared by the tests: small images, and the scripts called as a user calls them."""
 
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -9,21 +10,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from forked import ROOT
+from forked import FIGURES, ROOT
 from PIL import Image
 
 import cifar
-from utils import plots
 from utils.run import run_script
 from utils.studies import phases
 from utils.studies.jobs import run_job
-from utils.training import outputs
 
-FIGURES = {
-    "utils.training.outputs.draw_curves": outputs.draw_curves,
-    "utils.training.outputs.draw_regularization": outputs.draw_regularization,
-    "utils.plots.plot_accuracy_vs_sparsity": plots.plot_accuracy_vs_sparsity,
-}
+DRAWN = {name: pkgutil.resolve_name(name) for name in FIGURES}
 TINY = ["-a", "resnet", "--depth", "8", "--epochs", "2", "--schedule", "1", "--train_batch", "16"]
 
 
@@ -61,7 +56,7 @@ def train(*options: str) -> dict:
 def no_figures():
     """Leave out the figures of training and pruning in this process: they take longer than a short run."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in FIGURES:
+        for name in DRAWN:
             patch.setattr(name, lambda *_, **__: None)
         yield
 
@@ -69,7 +64,7 @@ def no_figures():
 @pytest.fixture
 def figures(monkeypatch):
     """Draw them all the same, in this test."""
-    for name, draw in FIGURES.items():
+    for name, draw in DRAWN.items():
         monkeypatch.setattr(name, draw)
 
 

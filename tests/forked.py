@@ -1,5 +1,6 @@
 """Scripts as processes of their own, forked from one that has imported torch but not used it: that saves the import."""
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -12,10 +13,20 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 # The third is imported by any optimizer, the last by -d digits.
 CONTEXT.set_forkserver_preload(["cifar", "mnist.mnist", "torch._dynamo", "sklearn.datasets"])
+# The figures of training and pruning, which take longer to draw than a short run to train.
+FIGURES = [
+    "utils.training.outputs.draw_curves",
+    "utils.training.outputs.draw_regularization",
+    "utils.plots.plot_accuracy_vs_sparsity",
+]
 
 
-def become(script: Path, options: list[str], environment: dict[str, str], cwd: Path, pipes: tuple[str, str]) -> None:
+def become(
+    script: Path, options: list[str], environment: dict[str, str], cwd: Path, pipes: tuple[str, str], figures: bool
+) -> None:
     """Be what `python script options` is, in this environment and folder, writing to two files; Ctrl-C arrives."""
+    for module, _, name in [path.rpartition(".") for path in FIGURES if not figures]:
+        setattr(importlib.import_module(module), name, lambda *_, **__: None)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background may have had it ignored
     for number, path in enumerate(pipes, start=1):
         os.dup2(os.open(path, os.O_WRONLY), number)
@@ -26,7 +37,10 @@ def become(script: Path, options: list[str], environment: dict[str, str], cwd: P
 
 
 class Forked:
-    """A script that runs; the names are those of subprocess.Popen, but that `stderr` is the path of a terminal."""
+    """A script that runs; the names are those of subprocess.Popen, but that `stderr` is the path of a terminal.
+
+    The figures of training and pruning are left out, unless they are asked for.
+    """
 
     def __init__(
         self,
@@ -35,10 +49,11 @@ class Forked:
         env: dict | None = None,
         cwd: Path | None = None,
         stderr: str | None = None,
+        figures: bool = False,
     ):
         self.files = [tempfile.NamedTemporaryFile(mode="r") for _ in range(2)]  # noqa: SIM115  (to the end)
         pipes = (self.files[0].name, stderr or self.files[1].name)
-        work = (ROOT / script, [str(option) for option in options], env or {}, cwd or Path.cwd(), pipes)
+        work = (ROOT / script, [str(option) for option in options], env or {}, cwd or Path.cwd(), pipes, figures)
         self.process = CONTEXT.Process(target=become, args=work, daemon=True)
         self.process.start()
 

@@ -42,12 +42,11 @@ def environment(rank, processes, port):
     return {name: str(value) for name, value in names.items()} | {"OMP_NUM_THREADS": "1"}
 
 
-def run_together(*options, script="mnist/mnist.py", processes=2, cwd=None):
+def run_together(*options, script="mnist/mnist.py", processes=2, cwd=None, figures=False):
     """Run a script in several processes; return what each printed, after a good end."""
     port = free_port()
-    jobs = [
-        Forked(*options, script=script, env=environment(rank, processes, port), cwd=cwd) for rank in range(processes)
-    ]
+    environments = [environment(rank, processes, port) for rank in range(processes)]
+    jobs = [Forked(*options, script=script, env=own, cwd=cwd, figures=figures) for own in environments]
     outputs = [job.communicate(timeout=120) for job in jobs]
     assert [job.returncode for job in jobs] == [0] * processes, outputs
     return [out for out, _ in outputs]
@@ -68,7 +67,7 @@ def assert_close(one, other):
 def test_two_processes_equal_one_and_another_number_continues(tmp_path, figures):
     one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
     summary = run_alone(*LENET, "--epochs", 2, "--save_dir", one)
-    first, second = run_together(*LENET, "--epochs", 2, "--save_dir", two)
+    first, second = run_together(*LENET, "--epochs", 2, "--save_dir", two, figures=True)
     assert first.count("epoch") >= 2 and second == ""  # only rank 0 prints
     assert_close(one, two)
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}

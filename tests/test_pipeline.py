@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import shutil
+from functools import partial
 from itertools import combinations, product
 
 import numpy as np
@@ -37,8 +38,9 @@ def call(script, *options):
     return script.main(script.get_parser().parse_args([str(option) for option in options]))
 
 
-def command_line(script, *options, cwd=None, begin=Forked):
-    """Run a script as a process of its own; return what it prints."""
+def command_line(script, *options, cwd=None, anew=False):
+    """Run a script as a process of its own, one that has imported nothing if `anew`; return what it prints."""
+    begin = start if anew else partial(Forked, figures=True)
     process = begin(*options, script=script, cwd=cwd)
     output, errors = process.communicate(timeout=600)  # beside trainings that go first, an epoch took two minutes
     assert process.returncode == 0, errors
@@ -104,7 +106,7 @@ def test_mnist_from_any_folder(tmp_path):
         "--psi",
         "1e-4",
     ]
-    command_line("mnist/mnist.py", *run, "--save_dir", "run", cwd=tmp_path, begin=start)  # nothing imported before
+    command_line("mnist/mnist.py", *run, "--save_dir", "run", cwd=tmp_path, anew=True)
     prune = ["-d", "digits", "-a", "lenet_300_100", "--percent", "0.9", "--resume", "run/final.pth.tar"]
     command_line("mnist/mnist.py", *prune, "--save_dir", "pruned", cwd=tmp_path)
     state = load_checkpoint(tmp_path / "pruned" / "pruned_0.9.pth.tar")

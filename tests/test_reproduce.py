@@ -17,7 +17,7 @@ from conftest import ROOT
 import reproduce
 from utils.logger import duration
 from utils.paths import portable_path
-from utils.run import read_json, write_json
+from utils.run import cores, read_json, write_json
 from utils.studies import executors
 from utils.studies.jobs import jobs_before, require_same_study, tuning_jobs
 from utils.studies.measurements import read_accuracies, read_seconds
@@ -564,7 +564,7 @@ def test_without_a_gpu_workers_are_as_many_as_cores_and_nothing_is_hidden(monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # of a driver that is too old to use it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert executors.processes_here() == executors.cores()
+    assert executors.processes_here() == cores()
     with executors.local_workers(1) as workers:
         assert workers.submit.func.__self__.submit(gpu_of_a_worker, tmp_path, 1).result() == ""
 

@@ -121,7 +121,9 @@ def average_buffers_(model: nn.Module) -> None:
 
     Others, as counts of batches, which differ where processes skip other blocks, become those of the first process.
     """
-    for buffer in model.buffers() if processes() > 1 else ():
+    if processes() == 1:
+        return
+    for buffer in model.buffers():
         if buffer.is_floating_point():
             sum_(buffer).div_(processes())
         else:

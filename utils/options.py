@@ -96,7 +96,7 @@ def add_penalty(parser: argparse.ArgumentParser) -> None:
     add("--lambda_init", type=real(-limit, high=limit, nonzero=True), help="starting value of lam (default: 1)")
     add("--reg_lr", type=real(0), help="learning rate of lam (default: that of the weights)")
     add("--reg_wd", type=real(0), help="weight decay of lam (default: that of the weights)")
-    add("--released_lr", action="store_true", help="decay the learning rates twice a milestone, as the release does")
+    add("--released_lr", action="store_true", help="decay as the release does: lam twice a milestone")
 
 
 def add_linear(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +147,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=DEVICES, default="auto", help="where to compute")
 
 
-def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], int]) -> None:
+def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], int | None]) -> None:
     """Check the rules between options and replace the Nones by what they stand for, in place.
 
     Args:
@@ -266,10 +266,10 @@ def resolve_depth_option(args: argparse.Namespace, depth_of: Callable[[str, int 
 
 
 def resolve_prune(args: argparse.Namespace) -> None:
-    """Check the options of pruning, in place.
+    """Check the options of pruning, and choose the folder where none is given, in place.
 
     Raises:
-        OptionError: no checkpoint to prune, or no ratio.
+        OptionError: no checkpoint to prune, no ratio, or one twice.
     """
     if not args.percent or not args.resume:
         raise OptionError("pruning needs --percent P [P ...] and --resume FILE")

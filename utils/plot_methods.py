@@ -86,7 +86,7 @@ def _draw_row(axes: Axes, x: float, row: Mapping, look: Mapping, *, floor: float
     """Draw the seeds of a row, or its bar; a failed seed as a cross, at the floor of a close-up that it lies below."""
     colour = look["color"]
     if not one_by_one(row):
-        at, *ends = extent(row)
+        _, *ends = extent(row)
         axes.plot([x, x], ends, "-", color=colour, marker="_", markersize=6, linewidth=1)
         return
     for value, failed in zip(row["top1_seeds"], row["failed"], strict=True):

@@ -248,6 +248,11 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use: a batch system grants fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _processor() -> str:
     """Return the name of the processor and the number of its cores that this process may use."""
     try:
@@ -255,7 +260,7 @@ def _processor() -> str:
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{name}, {cores()} cores"
 
 
 def describe(args: argparse.Namespace, device: torch.device) -> dict:

@@ -191,16 +191,15 @@ def folder_lock(
             lock.path.unlink(missing_ok=True)
 
 
-def wait_for(folder: Path, *, on_wait: Callable[[str], None], name: str = ".lock") -> None:
+def wait_for(folder: Path, *, on_wait: Callable[[str], None]) -> None:
     """Return when nobody holds a folder, which need not exist.
 
     Args:
         folder: that somebody may hold.
         on_wait: told who does.
-        name: of the lock.
     """
-    if holder_of(folder / name):
-        with folder_lock(folder, name=name, on_wait=on_wait):
+    if holder_of(folder / ".lock"):
+        with folder_lock(folder, on_wait=on_wait):
             pass
 
 

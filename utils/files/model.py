@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from models import build_model, find_arch, fitting_arch
+from models import build_model, fitting_arch
 from utils.files.checkpoint import CheckpointError, load_checkpoint, load_weights
 from utils.files.preprocessing import unrecorded
 from utils.files.record import Record, build_recorded, read_record, require_known, same_network
@@ -49,8 +49,6 @@ def _recorded(record: Record, state: dict, path: str | Path, arch: str | None) -
         require_known(record, path)
     elif not same_network(arch, record.arch):
         raise OptionError(f"{path} is of {record.network}, not of {arch}")
-    else:
-        find_arch(arch)
     return build_recorded(record.arch, record.num_classes, record.depth, state, path)
 
 

@@ -155,7 +155,7 @@ def take_from_file(args: argparse.Namespace, state: Mapping, path: str | Path, *
     record = read_record(state, path)
     if record is None:
         args.dataset = args.dataset or dataset
-        missing = [f"{flag}" for flag, value in (("-d", args.dataset), ("-a", args.arch)) if value is None]
+        missing = [flag for flag, value in (("-d", args.dataset), ("-a", args.arch)) if value is None]
         if missing:
             guess = guess_arch(state["state_dict"])
             fits = f"its weights fit {guess}" if guess else "its weights fit no network here"
@@ -170,8 +170,9 @@ def _take_record(args: argparse.Namespace, record: Record, path: str | Path) -> 
         raise OptionError(f"-d {args.dataset} contradicts {path}, which records -d {record.dataset}: leave it out")
     other = args.arch is not None and not same_network(args.arch, record.arch)
     if other or args.depth not in (None, record.depth):
-        given = " ".join([f"-a {args.arch}"] * (args.arch is not None) + [f"--depth {args.depth}"] * bool(args.depth))
-        raise OptionError(f"{given} contradicts {path}, which records {record.network}: leave it out")
+        given = [f"-a {args.arch}"] if args.arch is not None else []
+        given += [f"--depth {args.depth}"] if args.depth else []
+        raise OptionError(f"{' '.join(given)} contradicts {path}, which records {record.network}: leave it out")
     if args.arch is None:
         require_known(record, path)
     args.dataset, args.arch, args.depth = record.dataset, args.arch or record.arch, record.depth

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 LARGEST = 1 << 26  # bytes of a text that is read at once: a thousand times what any of ours has
-CHECKSUM = "checksum"  # the key that write_json adds and read_json takes away
+CHECKSUM = "checksum"  # the key that write_json adds and parse_json takes away
 
 
 def read_text(path: str | Path) -> str:

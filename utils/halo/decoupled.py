@@ -9,7 +9,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from .fate import Request
-from .guard import require_current
+from .guard import require_current, require_stepped
 from .lambda_sgd import LambdaSGD
 from .penalties import Penalty
 
@@ -43,10 +43,7 @@ class DecoupledLambdaSGD(LambdaSGD):
         self, penalty: Penalty, *, weights: Optimizer, lr: float, momentum: float = 0.0, weight_decay: float = 0.0
     ) -> None:
         super().__init__(penalty, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        stepped = {id(p) for group in weights.param_groups for p in group["params"]}
-        for name, w in penalty.penalized.items():
-            if id(w) not in stepped:
-                raise ValueError(f"{name!r} is penalised, but the optimizer of weights= does not have it: add it there")
+        require_stepped(penalty.penalized, weights, remedy="add it there")
         self._follow(weights)
 
     def _follow(self, weights: Optimizer) -> None:

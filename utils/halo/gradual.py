@@ -121,7 +121,11 @@ class GradualPruning(FixedZeros):
         return super().state_dict() | {"steps": self.steps, "aside": self._aside, "lambdas": self._lambdas_before}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: its masks, or the values that it has aside, are of another network.
+        """
         super().load_state_dict(state)
         self.steps = state["steps"]
         self._aside = self._zeros_like_weights() if state["aside"] else {}

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
 
 from .fate import Fate, Steps, follow_steps
 
@@ -48,6 +49,18 @@ class NamedParameters(dict):
                 module = child
             tensors.append((module, key, w))
         return [*modules.values()], tensors
+
+
+def require_stepped(params: Mapping[str, Tensor], weights: Optimizer, *, remedy: str) -> None:
+    """Raise unless the optimizer of the weights has every penalised parameter.
+
+    Raises:
+        ValueError: it lacks one; the message ends with the remedy.
+    """
+    stepped = {id(p) for group in weights.param_groups for p in group["params"]}
+    for name, w in params.items():
+        if id(w) not in stepped:
+            raise ValueError(f"{name!r} is penalised, but the optimizer of weights= does not have it: {remedy}")
 
 
 def distinct(params: Mapping[str, Tensor]) -> dict[str, Tensor]:

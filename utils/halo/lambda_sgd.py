@@ -19,7 +19,7 @@ from torch.optim import SGD, Optimizer
 
 from .compiled_step import CompiledStep, Factors, factors_of
 from .fate import Request
-from .guard import require_beside, require_current
+from .guard import require_beside, require_current, require_stepped
 from .halo_step import HaloStep
 from .memory import CHUNK, align_momenta_, aligned, aligned_gradient, is_dense, velocity_of
 from .native import load_native
@@ -137,8 +137,8 @@ class FusedHALO(LambdaSGD):
         slow_because: why there is no kernel on this CPU, such as a missing compiler; None where there is one.
 
     Raises:
-        ValueError: a weight or a lam does not require a gradient, or `weights` is not plain SGD in one group that has
-            all penalised weights; use `LambdaSGD`, or leave out `weights`.
+        ValueError: the penalty is not HALO, a weight or a lam does not require a gradient, or `weights` is not plain
+            SGD in one group that has all penalised weights; use `LambdaSGD`, or leave out `weights`.
 
     Note:
         Copy or pickle it together with model, penalty and `weights`, as any optimizer with its model.
@@ -279,10 +279,7 @@ def require_plain_sgd(weights: Optimizer, penalty: HALO) -> None:
         raise ValueError(f"weights= takes an SGD of one parameter group, this has {len(weights.param_groups)}: {ALONE}")
     (group,) = weights.param_groups
     require_known_options(group)
-    stepped = {id(p) for p in group["params"]}
-    for name, w in penalty.penalized.items():
-        if id(w) not in stepped:
-            raise ValueError(f"{name!r} is penalised, but the optimizer of weights= does not have it: {ALONE}")
+    require_stepped(penalty.penalized, weights, remedy=ALONE)
 
 
 def require_known_options(group: dict) -> None:

@@ -77,7 +77,9 @@ class FixedZeros:
     @torch.no_grad()
     def clear_grad_(self) -> None:
         """Set the gradients of the weights that are held at zero to 0.0."""
-        for name, w in self.weights.items() if self.zeros else ():
+        if not self.zeros:
+            return
+        for name, w in self.weights.items():
             if w.grad is not None:
                 and_(w.grad, self._keep[name])
 
@@ -87,7 +89,9 @@ class FixedZeros:
         Raises:
             ValueError: some are not.
         """
-        for name, w in () if self._seen else self.weights.items():
+        if self._seen:
+            return
+        for name, w in self.weights.items():
             moved = int((w.detach() != 0).logical_and_(self._keep[name] == 0).count_nonzero())
             if moved:
                 raise ValueError(
@@ -101,7 +105,11 @@ class FixedZeros:
         return {"masks": self.masks}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: its masks are of another network.
+        """
         self.set_masks_(state["masks"])
 
 

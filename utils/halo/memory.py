@@ -75,7 +75,11 @@ def aligned_gradient(w: Tensor) -> Tensor:
 
 
 def velocity_of(optimizer: SGD, parameter: Tensor) -> Tensor:
-    """Return the momentum buffer of a parameter, made of zeros if there is none, laid out as the parameter is."""
+    """Return the momentum buffer of a parameter, made of zeros if there is none, laid out as the parameter is.
+
+    Raises:
+        ValueError: there is one of another shape.
+    """
     state = optimizer.state[parameter]
     buffer = state.get("momentum_buffer")
     if buffer is not None and buffer.shape != parameter.shape:  # the kernel would write beyond it

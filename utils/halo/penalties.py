@@ -123,7 +123,7 @@ class L1(Penalty):
         """Return xi * sum |w| / lambda_init^2."""
         return super().forward() + self.scale * sum(self._elements(w).abs().sum() for w in self.penalized.values())
 
-    def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
+    def _add_weight_grad_(self, w: Tensor, grad: Tensor) -> None:
         for w_piece, grad_piece in pieces(w, grad):
             grad_piece.add_(self._elements(w_piece).sign(), alpha=self.scale)
 
@@ -172,7 +172,7 @@ class SWS(Penalty):
             norm = sum(torch.linalg.vector_norm(w, 1, dtype=self._dtype) for w in self.penalized.values())
             gradient(self.lam).add_(-2 * self._scale * norm / floored(self.lam) + 2 * self.psi * self.lam)
 
-    def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
+    def _add_weight_grad_(self, w: Tensor, grad: Tensor) -> None:
         for w_piece, grad_piece in pieces(w, grad):
             grad_piece.add_(self._elements(w_piece).sign().mul_(self._scale))
 
@@ -211,7 +211,7 @@ class MCP(Penalty):
             total = total + torch.where(a <= self.psi * self.xi, inside, self.psi * self.xi**2 / 2).sum()
         return total
 
-    def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
+    def _add_weight_grad_(self, w: Tensor, grad: Tensor) -> None:
         for w_piece, grad_piece in pieces(w, grad):
             w_piece = self._elements(w_piece)
             slope = w_piece.abs().div_(-self.psi).add_(self.xi).clamp_(min=0)

@@ -154,12 +154,12 @@ class Penalty(nn.Module):
                 gradient(p).add_(grad)
 
     def _add_grad_(self) -> None:
-        for name, w in self.penalized.items():
+        for w in self.penalized.values():
             if w.requires_grad:
-                self._add_weight_grad_(name, w, gradient(w))
+                self._add_weight_grad_(w, gradient(w))
 
-    def _add_weight_grad_(self, name: str, w: Tensor, grad: Tensor) -> None:
-        """Add d/dw for one tensor (and d/dlam where lam has its shape)."""
+    def _add_weight_grad_(self, w: Tensor, grad: Tensor) -> None:
+        """Add d/dw for one tensor."""
 
     def _elements(self, w: Tensor) -> Tensor:
         return w.to(self._dtype)

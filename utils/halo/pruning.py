@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ def smallest(magnitudes: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def _smallest(magnitudes: Tensor, fraction: float) -> Tensor:
+def _smallest_nonzero(magnitudes: Tensor, fraction: float) -> Tensor:
     """Return the mask of the round(n * fraction) smallest of the n non-zero magnitudes; ties in order."""
     left = int(magnitudes.count_nonzero())
     return smallest(magnitudes, len(magnitudes) - left + round(left * fraction)).logical_and_(magnitudes != 0)
@@ -112,16 +113,14 @@ def prune_by_magnitude_(weights: Mapping[str, Tensor], fraction: float) -> list[
         The release removes int(n * fraction) + 1.
     """
     _check_weights(weights, fraction)
-    _zero_(weights, _smallest(_flat_magnitudes(weights), fraction))
+    _zero_(weights, _smallest_nonzero(_flat_magnitudes(weights), fraction))
     return sparsity_per_layer(weights)
 
 
-def prune_layerwise_(
-    weights: Mapping[str, Tensor], fraction: float, *, generator: torch.Generator | None = None
-) -> list[LayerSparsity]:
+def prune_layerwise_(weights: Mapping[str, Tensor], fraction: float) -> list[LayerSparsity]:
     """Prune every layer by magnitude to the same fraction of its own non-zero weights, in place.
 
-    See `prune_by_magnitude_`; the count is rounded in each layer. `generator` is not used.
+    Args, Returns and Raises as `prune_by_magnitude_`; the count is rounded in each layer.
     """
     _check_weights(weights, fraction)
     for name, w in weights.items():
@@ -130,7 +129,10 @@ def prune_layerwise_(
 
 
 def prune_random_(weights: Mapping[str, Tensor], fraction: float, *, generator: torch.Generator) -> list[LayerSparsity]:
-    """Set exactly round(n * fraction) of the n non-zero weights to zero, chosen at random, in place."""
+    """Set exactly round(n * fraction) of the n non-zero weights to zero, chosen at random, in place.
+
+    Args, Returns and Raises as `prune_by_magnitude_`; `generator`, on the CPU, draws them.
+    """
     _check_weights(weights, fraction)
     magnitudes = _flat_magnitudes(weights)
     count = round(int(magnitudes.count_nonzero()) * fraction)
@@ -141,24 +143,26 @@ def prune_random_(weights: Mapping[str, Tensor], fraction: float, *, generator: 
 def prune_shuffled_(
     weights: Mapping[str, Tensor], fraction: float, *, generator: torch.Generator
 ) -> list[LayerSparsity]:
-    """Remove from every layer as many weights as global magnitude pruning would, at random positions, in place."""
+    """Remove from every layer as many weights as global magnitude pruning would, at random positions, in place.
+
+    Args, Returns and Raises as `prune_by_magnitude_`; `generator`, on the CPU, draws them.
+    """
     _check_weights(weights, fraction)
-    removed = _smallest(_flat_magnitudes(weights), fraction).split([w.numel() for w in weights.values()])
+    removed = _smallest_nonzero(_flat_magnitudes(weights), fraction).split([w.numel() for w in weights.values()])
     for (name, w), part in zip(weights.items(), removed, strict=True):
         magnitudes = _flat_magnitudes({name: w})
         _zero_({name: w}, _random(magnitudes, int(part.sum()), generator))
     return sparsity_per_layer(weights)
 
 
-def _global_(
-    weights: Mapping[str, Tensor], fraction: float, *, generator: torch.Generator | None = None
-) -> list[LayerSparsity]:
-    return prune_by_magnitude_(weights, fraction)
+def _drawing_nothing(prune: Callable[..., list[LayerSparsity]]) -> Callable[..., list[LayerSparsity]]:
+    """Return a scheme that needs no generator in the form of those that do."""
+    return lambda weights, fraction, *, generator=None: prune(weights, fraction)
 
 
 SCHEMES: dict[str, Callable[..., list[LayerSparsity]]] = {
-    "global": _global_,
-    "layerwise": prune_layerwise_,
+    "global": _drawing_nothing(prune_by_magnitude_),
+    "layerwise": _drawing_nothing(prune_layerwise_),
     "random": prune_random_,
     "shuffle": prune_shuffled_,
 }
@@ -188,6 +192,18 @@ def _uses(layer: nn.Module, inputs: dict[str, Tensor], output: Tensor) -> dict[s
     # The first dimension of a weight is its outputs, but the inputs of a transposed convolution.
     x = inputs["input"] if isinstance(layer, TRANSPOSED) else output
     return {"": [(layer.weight, x.numel() // layer.weight.shape[0])]}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a network in evaluation mode for the block; then each of its modules has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @torch.no_grad()
@@ -223,15 +239,10 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> list[LayerMacs]:
             counts.append(LayerMacs(names[layer] + suffix, dense, remaining))
 
     layers = [module for module in names if isinstance(module, CONVOLUTIONS + LINEAR)]
-    hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
-    modes = {module: module.training for module in names}
-    try:
-        model.eval()(next(model.parameters()).new_zeros(1, *shape))
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for hook in hooks:
-            hook.remove()
+    with _evaluating(model), ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_hook(count, with_kwargs=True).remove)
+        model(next(model.parameters()).new_zeros(1, *shape))
     uncalled = {names[layer] for layer in layers} - {entry.name for entry in counts}
     if uncalled:
         listed = ", ".join(sorted(uncalled)[:3]) + (", ..." if len(uncalled) > 3 else "")

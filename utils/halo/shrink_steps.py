@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .sparse_trace import Tracer, changed_by
+from .sparse_trace import ADDITIONS, VIEWS, Tracer, changed_by
 
 WIDTHS = {  # the attributes that state the width of a layer: of its output, of its input
     nn.Conv2d: ("out_channels", "in_channels"),
@@ -28,9 +28,7 @@ POOLS = {
     *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
     *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
 }
-SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 FLATTENS = {nn.Flatten, torch.flatten, "flatten"}
-VIEWS = {"view", "reshape", torch.reshape}
 SAME = {nn.Identity, nn.Dropout, F.dropout}  # of the elementwise steps: in evaluation mode they return their input
 
 
@@ -94,7 +92,7 @@ class Graph:
         for node in self.nodes:
             names[node] = {node}
             changes, kind = self._changes_its_input(node), self.kind(node)
-            if changes or kind not in {*WIDTHS, *POOLS, *SUMS, *ELEMENTWISE} - SAME:
+            if changes or kind not in {*WIDTHS, *POOLS, *ADDITIONS, *ELEMENTWISE} - SAME:
                 first = changes and "out" not in node.kwargs and isinstance(next(iter(node.args), None), fx.Node)
                 sources = node.args[:1] if first else node.all_input_nodes
                 shared = names[node].union(*(names[source] for source in sources))
@@ -192,7 +190,7 @@ class Steps(Graph):
             return source
         if kind in FLATTENS | VIEWS and layout == "maps" and self._flattens_all(node):
             return source._replace(layout="flat")
-        return self._add(node, source) if kind in SUMS else None
+        return self._add(node, source) if kind in ADDITIONS else None
 
     def _is_shared(self, layer: nn.Module) -> bool:
         """Tell whether others read the weights of a layer."""

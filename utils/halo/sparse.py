@@ -70,6 +70,9 @@ class SparseNetwork:
     Raises:
         ValueError: the model is in training mode or has an operation that is not supported; the message names it.
 
+    Warns:
+        UserWarning: there is no C++ compiler.
+
     Note:
         Logits equal those of the model to about 1e-6 of the largest. A weight of zero is skipped also where torch would
         multiply it by infinity or NaN. What flatten returns is a view of the map, as it is of contiguous images.
@@ -92,7 +95,7 @@ class SparseNetwork:
             self._kernel = load_kernel()
         except OSError as error:
             self._kernel = None
-            warnings.warn(f"{error}: torch runs the network instead, zeros and all", stacklevel=3)
+            warnings.warn(f"{error}: torch runs the network instead, which takes longer", stacklevel=3)
 
     @property
     def compiled(self) -> bool:

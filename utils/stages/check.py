@@ -128,29 +128,10 @@ def write_compact(path: Path, subject: Subject, args: argparse.Namespace) -> dic
 
 def print_report(report: dict, *, tau: float, classes: int | None) -> None:
     """Print the report as a table."""
-    say(f"{'layer':<34}{'total':>10}{'non-zero':>10}{'sparsity':>10}{f'<= {tau:g}':>10}{'dead filters':>16}")
-    for layer in report["layers"]:
-        dead = f"{layer['dead_filters']} of {layer['filters']}"
-        numbers = f"{layer['sparsity']:>10.4f}{layer['fraction_below_tau']:>10.4f}{dead:>16}"
-        say(f"{layer['name']:<34}{layer['total']:>10}{layer['remaining']:>10}{numbers}")
-    total = f"{report['prunable']:>10}{report['prunable_nonzero']:>10}{report['sparsity']:>10.4f}"
-    say(f"{'all prunable weights':<34}{total}{report['fraction_below_tau']:>10.4f}")
-    say(f"parameters: {report['parameters']}, {report['parameters_nonzero']} of them not zero")
-    say(f"compression ratio {report['compression_ratio']:.2f} (all parameters / non-zero parameters)")
-    say(f"multiply-accumulates an image: {report['macs_dense']} dense, {report['macs_nonzero']} with zeros skipped")
-    say("  (sum over Conv2d and Linear of weights x output positions; biases, BatchNorm and pooling not counted)")
-    say(f"theoretical speed-up {report['theoretical_speedup']:.2f} (dense / remaining multiply-accumulates)")
-    if report["macs_shrunk"] is not None:
-        times = report["macs_dense"] / max(report["macs_shrunk"], 1)
-        say(f"  after shrinking {report['macs_shrunk']} dense ones are left: {times:.2f} (deploy.py makes both forms)")
+    _print_layers(report, tau=tau)
+    _print_savings(report)
     if "compact" in report:
-        c = report["compact"]
-        say(f"compact file {c['file']}: {c['bytes']} bytes, read back bit-equal")
-        say(f"  the checkpoint has {c['checkpoint_bytes']} bytes, its tensors {c['dense_bytes']}")
-        bound = f"{c['entropy_bound_bytes']:.0f} bytes"
-        times = f", {c['ratio_to_bound']:.3f} times that" if c["ratio_to_bound"] else ""
-        say(f"  N*H(p) + 32*nonzeros bits of the prunable weights: {bound}{times}")
-        say(f"  {negative_zeros(c)}")
+        _print_compact(report["compact"])
     stored = report["stored_top1"]
     of = " of held-out images" if report["stored_images"] == "val" else ""
     said = "no accuracy" if stored is None else f"top-1 {float(stored):.2f}%{of}"
@@ -158,6 +139,36 @@ def print_report(report: dict, *, tau: float, classes: int | None) -> None:
         say(f"test {result_text(report['test'], classes=classes)}  (the file records {said})")
     else:
         say(f"not evaluated (--no_data); the file records {said}")
+
+
+def _print_layers(report: dict, *, tau: float) -> None:
+    say(f"{'layer':<34}{'total':>10}{'non-zero':>10}{'sparsity':>10}{f'<= {tau:g}':>10}{'dead filters':>16}")
+    for layer in report["layers"]:
+        dead = f"{layer['dead_filters']} of {layer['filters']}"
+        numbers = f"{layer['sparsity']:>10.4f}{layer['fraction_below_tau']:>10.4f}{dead:>16}"
+        say(f"{layer['name']:<34}{layer['total']:>10}{layer['remaining']:>10}{numbers}")
+    total = f"{report['prunable']:>10}{report['prunable_nonzero']:>10}{report['sparsity']:>10.4f}"
+    say(f"{'all prunable weights':<34}{total}{report['fraction_below_tau']:>10.4f}")
+
+
+def _print_savings(report: dict) -> None:
+    say(f"parameters: {report['parameters']}, {report['parameters_nonzero']} of them not zero")
+    say(f"compression ratio {report['compression_ratio']:.2f} (all parameters / non-zero parameters)")
+    say(f"multiply-accumulates an image: {report['macs_dense']} dense, {report['macs_nonzero']} with zeros skipped")
+    say("  (sum over convolutions and Linear of weights x output positions; biases, BatchNorm and pooling not counted)")
+    say(f"theoretical speed-up {report['theoretical_speedup']:.2f} (dense / remaining multiply-accumulates)")
+    if report["macs_shrunk"] is not None:
+        times = report["macs_dense"] / max(report["macs_shrunk"], 1)
+        say(f"  after shrinking {report['macs_shrunk']} dense ones are left: {times:.2f} (deploy.py makes both forms)")
+
+
+def _print_compact(c: dict) -> None:
+    say(f"compact file {c['file']}: {c['bytes']} bytes, read back bit-equal")
+    say(f"  the checkpoint has {c['checkpoint_bytes']} bytes, its tensors {c['dense_bytes']}")
+    bound = f"{c['entropy_bound_bytes']:.0f} bytes"
+    times = f", {c['ratio_to_bound']:.3f} times that" if c["ratio_to_bound"] else ""
+    say(f"  N*H(p) + 32*nonzeros bits of the prunable weights: {bound}{times}")
+    say(f"  {negative_zeros(c)}")
 
 
 def negative_zeros(compact: dict) -> str:

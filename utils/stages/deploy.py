@@ -93,10 +93,10 @@ def outputs(args: argparse.Namespace) -> dict[str, Path]:
     stem = args.save
     for kind in KINDS:
         stem = stem.removesuffix(f".{kind}")
-    left_out = {kind for kind in ("onnx", "safetensors") if not getattr(args, kind)}
-    for kind in {"onnx", "safetensors"} - left_out:
+    chosen = [kind for kind in export.PACKAGES if getattr(args, kind)]
+    for kind in chosen:
         export.require_packages(kind)
-    paths = {kind: Path(f"{stem}.{kind}") for kind in KINDS if kind not in left_out}
+    paths = {kind: Path(f"{stem}.{kind}") for kind in KINDS if kind not in export.PACKAGES or kind in chosen}
     for path in paths.values():
         if path.resolve() == Path(args.checkpoint).resolve():
             raise OptionError(f"--save {args.save} would replace the checkpoint that is read: choose another name")

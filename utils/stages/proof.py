@@ -28,6 +28,30 @@ def images_of(args: argparse.Namespace, subject: Subject) -> Iterable[tuple[Tens
     return ((images, labels) for images, labels, *_ in loader)
 
 
+class Agreement:
+    """How far the logits of one form are from those of the network."""
+
+    def __init__(self) -> None:
+        self.difference, self.changed, self.right = 0.0, 0, 0
+
+    def add(self, have: Tensor, wanted: Tensor, labels: Tensor | None) -> float:
+        """Compare a batch of logits; return the largest difference in it."""
+        difference = float((have - wanted).abs().max())
+        self.difference = max(self.difference, difference)
+        self.changed += int((have.argmax(1) != wanted.argmax(1)).sum())
+        if labels is not None:
+            self.right += int((have.argmax(1) == labels).sum())
+        return difference
+
+    def top1(self, images: int | None) -> float | None:
+        """Return the percentage of this many images that got their label; None without."""
+        return 100 * (self.right / images) if images else None
+
+    def report(self, images: int | None) -> dict:
+        """Return what `prove` says of a form."""
+        return {"difference": self.difference, "changed": self.changed, "top1": self.top1(images)}
+
+
 @torch.no_grad()
 def prove(
     model: nn.Module, forms: dict[str, Form], batches: Iterable[tuple[Tensor, Tensor | None]], *, path: str
@@ -41,42 +65,29 @@ def prove(
         path: of the checkpoint, for the message.
 
     Returns:
-        `images`, `classes`, `largest_logit`, `top1` (percent; None without labels), and by form `top1`, `difference`
-        (the largest of a logit) and `changed` (images that get another class).
+        `images` (their number), `classes`, `random` (whether they had no labels), `largest_logit`, `top1` (percent;
+        None without labels) and `forms`: by name `difference` (the largest of a logit), `changed` (images that get
+        another class) and `top1`.
 
     Raises:
         ValueError: the network gives no finite logits, or a form other ones.
     """
-    count, largest, right, known, classes = 0, 0.0, 0, False, 0
-    found = {name: {"right": 0, "difference": 0.0, "changed": 0} for name in forms}
+    count, classes, largest, labels = 0, 0, 0.0, None
+    dense, found = Agreement(), {name: Agreement() for name in forms}
     for images, labels in batches:
         wanted = model(images)
         if not wanted.isfinite().all():
             raise ValueError(f"{path} gives logits that are NaN or infinite: use another checkpoint")
-        count, largest, classes = count + len(images), max(largest, float(wanted.abs().max())), wanted.shape[1]
-        known = labels is not None
-        right += int((wanted.argmax(1) == labels).sum()) if known else 0
+        count, classes, largest = count + len(images), wanted.shape[1], max(largest, float(wanted.abs().max()))
+        dense.add(wanted, wanted, labels)
         for name, form in forms.items():
-            have, result = form(images), found[name]
-            difference = float((have - wanted).abs().max())
-            if not difference <= PROOF * largest:
+            difference = found[name].add(form(images), wanted, labels)
+            if not difference <= PROOF * largest:  # NaN is not
                 text = f"differs from the network by {difference:.3g} in a logit, of {largest:.3g} at most"
                 raise ValueError(f"the {name} form of {path} {text}: nothing is written; please report this")
-            result["difference"] = max(result["difference"], difference)
-            result["changed"] += int((have.argmax(1) != wanted.argmax(1)).sum())
-            result["right"] += int((have.argmax(1) == labels).sum()) if known else 0
-    for result in found.values():
-        hits = result.pop("right")
-        result["top1"] = 100 * (hits / count) if known else None
-    top1 = 100 * (right / count) if known else None
-    return {
-        "images": count,
-        "classes": classes,
-        "random": not known,
-        "largest_logit": largest,
-        "top1": top1,
-        "forms": found,
-    }
+    of = count if labels is not None else None
+    report = {"images": count, "classes": classes, "random": of is None, "largest_logit": largest}
+    return report | {"top1": dense.top1(of), "forms": {name: form.report(of) for name, form in found.items()}}
 
 
 def print_proof(report: dict) -> None:

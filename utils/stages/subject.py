@@ -78,12 +78,13 @@ def load_subject(
             data = hold_out(data, val_split)
     if data is not None:
         check_classes(data, state, path)
-    classes = len(data.classes) if data else record.num_classes if record else _classes(args.dataset, state)
-    model = build_recorded(args.arch, classes, args.depth, state, path)
+    model = build_recorded(args.arch, _num_classes(args, data, record, state), args.depth, state, path)
     load_weights(model, state["state_dict"], path=path)
     model.to(device, memory_format=memory_format(args.arch, device))
-    used = record.preprocessing if record else data.preprocessing if data else None
-    used = used or unrecorded(args.dataset, find_arch(args.arch).shape[0])
+    if record or data:
+        used = record.preprocessing if record else data.preprocessing
+    else:
+        used = unrecorded(args.dataset, find_arch(args.arch).shape[0])
     linear = takes_linear(args.arch, model, asked=bool((state.get("config") or {}).get("linear")))
     return Subject(state, model, data, device, linear, used)
 
@@ -99,8 +100,10 @@ def check_held_out(state: dict, path: str, val_split: int) -> int | None:
     """
     config = state.get("config")
     held_out = config.get("val_split") if isinstance(config, dict) else None
-    if not isinstance(held_out, int) or val_split <= held_out:
-        return held_out if isinstance(held_out, int) else None
+    if not isinstance(held_out, int):
+        return None
+    if val_split <= held_out:
+        return held_out
     if not held_out:
         raise OptionError(f"--val_split {val_split}: {path} was trained on all images, none was held out: leave it out")
     remedy = f"give at most --val_split {held_out}"
@@ -116,10 +119,14 @@ def _images(args: argparse.Namespace, record: Record | None, *, val_split: int) 
     return load_dataset(args.dataset, args.data, shape=shape, val_split=val_split, **recorded)
 
 
-def _classes(dataset: str, state: dict) -> int:
-    """Return the number of classes of a file that does not record it: the data set's, else the last matrix's rows."""
+def _num_classes(args: argparse.Namespace, data: Dataset | None, record: Record | None, state: dict) -> int:
+    """Return the number of classes: of the images, as recorded, of the data set, or the rows of the last matrix."""
+    if data is not None:
+        return len(data.classes)
+    if record is not None:
+        return record.num_classes
     matrices = [tensor for tensor in state["state_dict"].values() if tensor.dim() == 2]
-    return NUM_CLASSES.get(dataset) or (len(matrices[-1]) if matrices else 2)
+    return NUM_CLASSES.get(args.dataset) or (len(matrices[-1]) if matrices else 2)
 
 
 def recorded_images(state: Mapping) -> str:

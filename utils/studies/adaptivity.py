@@ -91,10 +91,13 @@ def load_run(folder: str | Path) -> HaloRun:
 def _check_lambdas(state: Mapping, folder: Path) -> None:
     """Raise unless a checkpoint has one finite lam for each element of some of its weights."""
     lambdas, weights = state.get("lambdas"), state["state_dict"]
-    for name, lam in lambdas.items() if isinstance(lambdas, Mapping) else [(None, None)]:
-        fits = isinstance(lam, Tensor) and name in weights and lam.shape == weights[name].shape
-        if not fits or not lam.is_floating_point() or not lam.isfinite().all():
-            raise CheckpointError(f"{folder}/final.pth.tar holds lam that do not fit its weights: use another copy")
+
+    def fits(name: object, lam: object) -> bool:
+        there = isinstance(lam, Tensor) and name in weights and lam.shape == weights[name].shape
+        return there and lam.is_floating_point() and bool(lam.isfinite().all())
+
+    if not isinstance(lambdas, Mapping) or not all(fits(name, lam) for name, lam in lambdas.items()):
+        raise CheckpointError(f"{folder}/final.pth.tar holds lam that do not fit its weights: use another copy")
 
 
 def prepare(out: Path, setting: dict, runs: list[HaloRun]) -> None:

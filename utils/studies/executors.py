@@ -18,7 +18,7 @@ from multiprocessing.sharedctypes import Synchronized
 import torch
 
 from utils.interrupts import deaf_children
-from utils.run import read_json, write_json
+from utils.run import cores, read_json, write_json
 from utils.studies.jobs import Job, record_failure, run_job
 
 AGAIN = 3  # times that a job whose worker has died is run once more
@@ -39,11 +39,6 @@ class Workers:
     count: int
     lost: str
     died: tuple[type[Exception], ...] = ()
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use: a batch system grants fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[str]:
@@ -137,7 +132,8 @@ def _is_worth_a_try(job: Job, tries: int) -> bool:
 
     A pool also gives up jobs that merely waited for a worker that died, so their own starts count.
     """
-    starts = (read_json(job.folder / "starts.json") or {"starts": 0})["starts"]
+    count = read_json(job.folder / "starts.json")
+    starts = count["starts"] if count else 0
     if starts <= AGAIN and tries < AGAIN:
         return True
     reason = f"its worker died {max(starts, tries + 1)} times, see log.txt; remove this file to try again"

@@ -30,7 +30,7 @@ def read_measurement(path: str | Path, *, need: Iterable[str] = ()) -> dict | No
 
     Args:
         path: the file.
-        need: keys that every ratio must have as positive numbers, of SAVED.
+        need: keys that every ratio must have as numbers, of SAVED.
 
     Raises:
         ValueError: it is damaged, or lacks an accuracy.

@@ -42,7 +42,8 @@ def final_rows(study: Study, out: Path, *, scheme: str = "global") -> list[dict]
 def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float) -> dict | None:
     folder = run_folder(out, config, seed)
     report = read_measured(folder / ("test" if scheme == "global" else f"test_{scheme}"), need=SAVED)
-    result = next((r for r in (report or {"results": []})["results"] if r["asked"] == ratio), None)
+    results = report["results"] if report else []
+    result = next((r for r in results if r["asked"] == ratio), None)
     parts = [run_folder(out, part, seed) for part in (config, config.before) if part]
     if result is None or any(map(_in_training, parts)):
         return None
@@ -205,20 +206,14 @@ def _numbers(values: Iterable[float]) -> str:
 
 def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
     """Say what the numbers are, over which seeds, and how long it took."""
-    summaries = filter(None, map(read_summary, out.glob("*/*/seed*/run/summary.json")))
-    seconds = [summary["seconds"] for summary in summaries]
-    finished = {tuple(row["seeds"]) for row in rows}
-    seeds = sorted({seed for some in finished for seed in some})
-    fewer = "" if len(finished) < 2 else "; where a row has fewer, it names them"
+    counts = tried(study, out)
+    configurations = _spans(counts)
     lines = [
         "Top-1 in percent after pruning this fraction of the weights once, mean ± standard deviation over the seeds.",
-        f"Coefficients were chosen with seed {_numbers(study.tune_seeds)} on held-out training images"
-        + (f"; on the test images n = {len(seeds)} (seeds {_numbers(seeds)}){fewer}." if seeds else "."),
-        *([f"Configurations tried for each ratio: {counts}."] if (counts := _counts(study, out)) else []),
-        f"{len(seconds)} run{' was' if len(seconds) == 1 else 's were'} trained, in {duration(sum(seconds))} taken "
-        "together, evaluation included.",
+        _seeds_line(study, rows),
+        *([f"Configurations tried for each ratio: {configurations}."] if configurations else []),
+        _time_line(out),
     ]
-    counts = tried(study, out)
     own = [method for method in study.methods if study.of_method(method)[0].kind != "once" and max(counts[method])]
     if own:
         text = "zeros before training ends, each ratio in a run of its own with as many epochs in all"
@@ -232,6 +227,23 @@ def _what_was_done(study: Study, out: Path, rows: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
+def _seeds_line(study: Study, rows: list[dict]) -> str:
+    """Say which seeds chose the coefficients, and which measured the result."""
+    finished = {tuple(row["seeds"]) for row in rows}
+    seeds = sorted({seed for some in finished for seed in some})
+    fewer = "" if len(finished) < 2 else "; where a row has fewer, it names them"
+    chosen = f"Coefficients were chosen with seed {_numbers(study.tune_seeds)} on held-out training images"
+    return chosen + (f"; on the test images n = {len(seeds)} (seeds {_numbers(seeds)}){fewer}." if seeds else ".")
+
+
+def _time_line(out: Path) -> str:
+    """Say how many runs were trained, and how long they took."""
+    summaries = filter(None, map(read_summary, out.glob("*/*/seed*/run/summary.json")))
+    seconds = [summary["seconds"] for summary in summaries]
+    runs = f"{len(seconds)} run{' was' if len(seconds) == 1 else 's were'} trained"
+    return f"{runs}, in {duration(sum(seconds))} taken together, evaluation included."
+
+
 def _diverged(study: Study, out: Path) -> list[str]:
     """Name the runs of chosen configurations that have no measurement because they failed."""
     chosen = dict.fromkeys(config for choice in choose(study, out).values() for config in choice.values())
@@ -240,10 +252,10 @@ def _diverged(study: Study, out: Path) -> list[str]:
     return [f"{config.method} {config.name}, seed {seed}" for config, seed in failed]
 
 
-def _counts(study: Study, out: Path) -> str:
+def _spans(counts: dict[str, list[int]]) -> str:
     """Say how many configurations each method had, from the ratio with the fewest to that with the most."""
-    counts = {method: n for method, n in tried(study, out).items() if max(n)}
-    spans = {method: " to ".join(map(str, dict.fromkeys((min(n), max(n))))) for method, n in counts.items()}
+    some = {method: n for method, n in counts.items() if max(n)}
+    spans = {method: " to ".join(map(str, dict.fromkeys((min(n), max(n))))) for method, n in some.items()}
     return ", ".join(f"{method} {span}" for method, span in spans.items())
 
 

@@ -57,9 +57,10 @@ class Study:
 def _command_line(chosen: dict) -> tuple[str, ...]:
     parts: list[str] = []
     for key, value in chosen.items():
-        if value is not False:
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            parts += [f"--{key}", *map(str, values)]
+        if value is True:
+            parts.append(f"--{key}")
+        elif value is not False:
+            parts += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return tuple(parts)
 
 
@@ -144,7 +145,7 @@ def _parser(study: Study) -> options.Parser:
 
 
 def training_arguments(study: Study, config: Config, *, seed: int, folder: Path, data: str) -> argparse.Namespace:
-    """Return the options of one training run, as cifar.py or mnist/mnist.py would have them.
+    """Return the options of one training run, with the defaults of cifar.py, for the LeNets too.
 
     Raises:
         OptionError: the study's options do not go together.

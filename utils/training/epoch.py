@@ -174,7 +174,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, devi
 
     Args:
         model: the network, left in evaluation mode.
-        batches: images (N, 3, H, W) and labels (N,) on the device.
+        batches: images (N, *shape) and labels (N,) on the device.
         device: where both are.
 
     Returns:

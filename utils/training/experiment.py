@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -99,6 +100,11 @@ class Experiment:
         rows = [row for row in self.history if row["epoch"] >= final]
         return max(rows, key=lambda row: row[f"{self.held_out}_top1"], default=None)
 
+    @property
+    def ends_with_best(self) -> bool:
+        """Whether the last epoch is the best, so that its network is saved with the state."""
+        return bool(self.history) and self.best is self.history[-1]
+
     def run_epoch(self) -> dict:
         """Train and evaluate once; return the row for log.csv. Nothing is written."""
         return run_epoch(self)
@@ -157,6 +163,7 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
 
     Raises:
         OptionError: --train_batch has no image for one of the processes, or --evaluate gets another data set.
+        ValueError, OSError: unusable checkpoint, images or folder; and as `Experiment.run` says.
     """
     device = choose_device(args.device)
     if device.type == "cpu":
@@ -166,42 +173,78 @@ def train_or_evaluate(args: argparse.Namespace, *, kind: Callable[..., Experimen
     generator = set_seed(args.seed)
     with process_group(device), run_folder(args) as lock:
         with main_first():
-            state = load_checkpoint(args.resume) if args.resume else None
-            begun_from = args.resume or args.start or args.mask
-            first = state or (load_checkpoint(begun_from) if begun_from else {})
-            record = read_record(state, args.resume) if state else None
-            if args.evaluate and record:
-                require_same_subject(args, record)
-            if state:
-                loading.take_from_resumed(args, state)
-            else:
-                loading.take_from_start(args, first, begun_from)
-            data = loading.load_images(args, record)
-        say(data_line(args, data))
-        model = build_recorded(args.arch, len(data.classes), args.depth, first, begun_from)
-        if widths := recorded_widths(first, begun_from):
-            args.widths = widths  # with the options, so that all that this run writes records them
-        model.to(device)
-        require_savable(args.arch, model.state_dict())
-        check_own_network(args.arch, model, data.shape, len(data.classes))  # makes the parameters of lazy layers
-        model.to(memory_format=loading.memory_format(args.arch, device))
+            begun = read_beginning(args)
+        say(data_line(args, begun.data))
+        model = make_network(args, begun, device)
         if not args.evaluate:
-            return train(args, data, model, state, device=device, generator=generator, kind=kind, lock=lock)
-        result = loading.evaluate_checkpoint(args.resume, model, data, device, args=args)
-        say(f"{args.resume}: test {result_text(result, classes=len(data.classes))}")
+            return train(args, begun, model, device=device, generator=generator, kind=kind, lock=lock)
+        result = loading.evaluate_checkpoint(args.resume, model, begun.data, device, args=args)
+        say(f"{args.resume}: test {result_text(result, classes=len(begun.data.classes))}")
         return result
+
+
+class Beginning(NamedTuple):
+    """What a run begins from.
+
+    Attributes:
+        state: the checkpoint of --resume, None without.
+        first: the file that says what the network is: of --resume, --start or --mask; empty without.
+        path: of that file.
+        data: the images.
+    """
+
+    state: dict | None
+    first: dict
+    path: str | None
+    data: Dataset
+
+
+def read_beginning(args: argparse.Namespace) -> Beginning:
+    """Read the file that a run begins from, and its images; fill in the options that the file decides, in place.
+
+    Raises:
+        CheckpointError: the file is unusable.
+        OptionError: the options contradict it.
+        ValueError, OSError: there are no usable images.
+    """
+    state = load_checkpoint(args.resume) if args.resume else None
+    path = args.resume or args.start or args.mask
+    first = state or (load_checkpoint(path) if path else {})
+    record = read_record(state, path) if state else None
+    if args.evaluate and record:
+        require_same_subject(args, record)
+    if state:
+        loading.take_from_resumed(args, state)
+    else:
+        loading.take_from_start(args, first, path)
+    return Beginning(state, first, path, loading.load_images(args, record))
+
+
+def make_network(args: argparse.Namespace, begun: Beginning, device: torch.device) -> nn.Module:
+    """Return the network of a run on its device, as narrow as its file says; its weights are still to be loaded.
+
+    Raises:
+        ValueError: it cannot be built or saved, or does not take the images.
+    """
+    classes = len(begun.data.classes)
+    model = build_recorded(args.arch, classes, args.depth, begun.first, begun.path)
+    if widths := recorded_widths(begun.first, begun.path):
+        args.widths = widths  # with the options, so that all that this run writes records them
+    model.to(device)
+    require_savable(args.arch, model.state_dict())
+    check_own_network(args.arch, model, begun.data.shape, classes)  # makes the parameters of lazy layers
+    return model.to(memory_format=loading.memory_format(args.arch, device))
 
 
 def train(
     args: argparse.Namespace,
-    data: Dataset,
+    begun: Beginning,
     model: nn.Module,
-    state: dict | None = None,
     *,
     device: torch.device,
     generator: torch.Generator,
-    kind: Callable[..., Experiment] = Experiment,
-    lock: Lock | None = None,
+    kind: Callable[..., Experiment],
+    lock: Lock | None,
 ) -> dict:
     """Train a network as the options say, from the start or from the state of a checkpoint; see Experiment.
 
@@ -213,10 +256,10 @@ def train(
     penalty = make_penalty(args.penalty, penalized_parameters(model, linear=linear), **coefficients)
     say(network_line(args, model, penalty))
     say(compute_line(args, penalty, device))
-    experiment = kind(args, data, model, penalty, device=device, generator=generator)
+    experiment = kind(args, begun.data, model, penalty, device=device, generator=generator)
     experiment.lock = lock
-    if state is not None:
-        load_state(experiment, state, args.resume)
+    if begun.state is not None:
+        load_state(experiment, begun.state, args.resume)
     else:
         begin(experiment)
         if lock:

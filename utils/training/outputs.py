@@ -65,7 +65,8 @@ def write_outputs(run: Experiment) -> dict:
 def _name(arguments: Mapping) -> str:
     network = with_depth(arguments["arch"], arguments["depth"])
     coefficients = "".join(f", {key} {arguments[key]:g}" for key in ("xi", "psi") if arguments[key] is not None)
-    return "{dataset}, {}, penalty {penalty}{}, seed {seed}".format(network, coefficients, **arguments)
+    penalty = f"penalty {arguments['penalty']}{coefficients}"
+    return f"{arguments['dataset']}, {network}, {penalty}, seed {arguments['seed']}"
 
 
 def draw_curves(folder: Path, history: Sequence[dict], arguments: Mapping) -> None:

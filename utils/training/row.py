@@ -68,7 +68,11 @@ def _train(run: Experiment, start: float) -> dict[str, float]:
 
 
 def run_epoch(run: Experiment) -> dict:
-    """Train and evaluate once; return the row for log.csv. Nothing is written."""
+    """Train and evaluate once; return the row for log.csv. Nothing is written.
+
+    Raises:
+        NonFiniteLossError: the loss is infinite or NaN, in training or on the held-out images.
+    """
     seed_others(run.args.seed, run.epoch, rank())
     start, lrs = time.perf_counter(), [scheduler.get_last_lr()[0] for scheduler in run.schedulers]
     train = _train(run, start)

@@ -93,6 +93,7 @@ def load_state(run: Experiment, state: dict, path: str | Path) -> None:
 
     Raises:
         CheckpointError: it is damaged, of another network, or of a run with other options or images.
+        OptionError: its --gmp_epochs lie beyond --epochs.
     """
     with usable(path):
         check_same_run(run, state, path)
@@ -184,6 +185,6 @@ def save_state(run: Experiment) -> None:
 
 def save_what_follows(run: Experiment) -> None:
     """Write what follows from the checkpoint: the best model if it is of the last epoch, and the log."""
-    if run.history and run.best is run.history[-1]:
+    if run.ends_with_best:
         save_checkpoint(run.folder / "model_best.pth.tar", network_state(run))
     write_csv(run.folder / "log.csv", run.history)

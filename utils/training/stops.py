@@ -50,7 +50,7 @@ def begin_folder(run: Experiment) -> None:
             save_state(run)
         elif is_main():  # killed behind the checkpoint, the others lack its epoch
             save_what_follows(run)
-        if is_main() and not best and not _ends_with_best(run):
+        if is_main() and not best and not run.ends_with_best:
             (run.folder / "model_best.pth.tar").unlink(missing_ok=True)  # of epochs that are trained anew
     except (OSError, CheckpointError):
         if is_main() and not checkpoint.exists():
@@ -68,18 +68,13 @@ def _write_first_files(run: Experiment, best: dict | None) -> None:
         save_checkpoint(run.folder / "model_best.pth.tar", best)
 
 
-def _ends_with_best(run: Experiment) -> bool:
-    """Return whether the last epoch is the best, so that its network is saved with the state."""
-    return bool(run.history) and run.best is run.history[-1]
-
-
 def _best_before(run: Experiment) -> dict | None:
     """Return the network of the best epoch so far, from the folder that a run comes from; None where it has none.
 
     Raises:
         CheckpointError: it is missing, and is to be tested at the end.
     """
-    if not run.history or _ends_with_best(run):
+    if not run.history or run.ends_with_best:
         return None
     source = Path(os.path.realpath(run.args.resume)).with_name("model_best.pth.tar")
     epoch = run.best["epoch"]
