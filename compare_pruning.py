@@ -133,13 +133,14 @@ def main(args: argparse.Namespace) -> dict:
     runs = in_columns(runs, args.reports)
     if not args.mixed:
         require_alike(settings)
+    sentence = finding(runs) if args.sentence else ""
     print_table(runs)
     if args.save:
         images = " and ".join(sorted({setting["images"] for setting in settings.values()}))
         plot_comparison(runs, args.save, title=describe(settings), images=images)
         say(f"\nwrote {args.save}")
     if args.sentence:
-        say(f"\n{finding(runs)}")
+        say(f"\n{sentence}")
     return runs
 
 

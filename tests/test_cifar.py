@@ -81,6 +81,8 @@ def test_every_penalty_resumes_into_another_folder(tiny, tmp_path, penalty):
     train(*tiny, *penalty)
     train(*tiny, *penalty, "--epochs", "1", "--save_dir", tmp_path / "first")
     train(*tiny, *penalty, "--save_dir", tmp_path / "second", "--resume", tmp_path / "first" / "checkpoint.pth.tar")
+    first, brought = (load_checkpoint(tmp_path / name / "init.pth.tar") for name in ("first", "second"))
+    assert all(torch.equal(w, brought["state_dict"][name]) for name, w in first["state_dict"].items())
     if "--ws" in penalty or "--halo" in penalty:
         assert_equal_runs(tmp_path / "run", tmp_path / "second")
     assert rows(tmp_path / "run") == rows(tmp_path / "second")

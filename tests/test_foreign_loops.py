@@ -827,3 +827,29 @@ def test_named_parameters_keep_their_model_through_copies():
     params = NamedParameters({"0.weight": model[0].weight}, model)
     twin = copy.deepcopy(params)
     assert twin.model is not model and twin["0.weight"] is twin.model[0].weight
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(L1, xi=0.1), partial(MCP, xi=0.1, psi=2.0), partial(HALO, xi=0.1, psi=0.1)],
+    ids=["l1", "mcp", "halo"],
+)
+@pytest.mark.parametrize("order", [("add", "ask"), ("ask", "add")])
+def test_a_decoupled_penalty_beside_add_grad_would_count_twice(make, order):
+    model = network()
+    penalty, optimizer = make(penalized_parameters(model)), torch.optim.SGD(model.parameters(), 0.01)
+    pull = DecoupledLambdaSGD(penalty, weights=optimizer, lr=0.1)
+    calls = {"add": penalty.add_grad_, "ask": pull.step}
+
+    def step(*names):
+        loss_of(model).backward()
+        for name in names:
+            calls[name]()
+        optimizer.step()
+        optimizer.zero_grad()
+        penalty.zero_grad()
+
+    for name in ("ask", "add", "ask", "ask", "add"):
+        step(name)
+    with pytest.raises(ValueError, match=r"hold the penalty already, by add_grad_\(\)"):
+        step(*order)

@@ -11,8 +11,8 @@ from test_distributed import run_together
 from test_masks import LENET, assert_positive_zeros, assert_zeros_kept, lenet, masks_of, momenta
 
 import mnist.mnist
-from utils import HALO, L1, FixedZeros, GradualPruning, LambdaSGD
-from utils.files.checkpoint import load_checkpoint
+from utils import HALO, L1, FixedZeros, GradualPruning, LambdaSGD, prune_by_magnitude_
+from utils.files.checkpoint import load_checkpoint, save_checkpoint
 from utils.halo.gradual import cubic_sparsity
 from utils.halo.lambda_sgd import FusedHALO
 from utils.training import experiment as experiment_module
@@ -282,3 +282,34 @@ def test_a_resumed_run_keeps_its_schedule(tiny, tmp_path, fails):
     train(*more)  # the default of three epochs would be another schedule
     config = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["config"]
     assert config["gmp_epochs"] == pytest.approx([1 / 6, 4 / 3])
+
+
+def test_zeros_that_gradual_pruning_does_not_keep_are_noted(pruned, tmp_path, capsys):
+    lenet("--start", pruned, "--gmp", 0.98, "--epochs", 1, "--save_dir", tmp_path / "run")
+    note = "90% of the weights of " + str(pruned) + " are zero; --gmp begins from none, so that they come back"
+    assert note in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """A trained LeNet-300-100 without 90% of its weights."""
+    folder = tmp_path_factory.mktemp("pruned")
+    lenet("--epochs", 1, "--save_dir", folder / "run")
+    state = load_checkpoint(folder / "run" / "final.pth.tar")
+    weights = {name: w for name, w in state["state_dict"].items() if name.endswith("weight")}
+    prune_by_magnitude_(weights, 0.9)
+    save_checkpoint(folder / "pruned.pth.tar", state)
+    return folder / "pruned.pth.tar"
+
+
+@pytest.mark.parametrize("name", ["sparsity", "begin", "end", "every"])
+def test_a_state_of_another_schedule_is_refused(name):
+    """Resumed past its end it would stay at the sparsity that it has."""
+    w = torch.randn(20).requires_grad_()
+    options = {"optimizer": torch.optim.SGD([w], 0.1), "sparsity": 0.5, "begin": 0, "end": 100, "every": 10}
+    state = GradualPruning({"w": w}, **options).state_dict()
+    other = GradualPruning({"w": w}, **options | {name: 0.9 if name == "sparsity" else 20})
+    with pytest.raises(ValueError, match="the checkpoint prunes by sparsity 0.5, begin 0, end 100, every 10, this by"):
+        other.load_state_dict(state)
+    state.pop("schedule")  # of an older version
+    other.load_state_dict(state)

@@ -390,3 +390,48 @@ def test_zeros_that_an_optimizer_moves_are_noticed(kind):
     optimizer.step()
     zeros.advance_()
     assert int((w == 0).sum()) == zeros.zeros > 0
+
+
+@pytest.mark.parametrize("lr", [0.0, None], ids=["a learning rate of 0", "steps that a scaler leaves out"])
+def test_they_are_noticed_behind_steps_that_move_nothing(lr):
+    w = torch.nn.Parameter(torch.linspace(-1, 1, 20))
+    zeros, optimizer = FixedZeros({"w": w}, {"w": w.detach().abs() < 0.5}), torch.optim.SGD([w], lr=0.1)
+    held = zeros.masks["w"]
+    for rate in (lr, lr, lr, 0.1):
+        w.grad = torch.ones_like(w)  # and nobody calls clear_grad_()
+        if rate is not None:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+        if not w[held].any():
+            zeros.advance_()
+    with pytest.raises(ValueError, match="10 weights of w that are held at zero have moved"):
+        zeros.advance_()
+
+
+def test_a_weight_that_left_its_model_is_noticed():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 1))
+    prune_by_magnitude_(prunable_weights(model), 0.5)
+    zeros = FixedZeros(prunable_weights(model))
+    zeros.clear_grad_()
+    model.load_state_dict(model.state_dict(), assign=True)  # the same tensors, but not the same parameters
+    with pytest.raises(ValueError, match="'0.weight' is no longer a parameter of Sequential"):
+        zeros.clear_grad_()
+
+
+def test_what_one_run_has_seen_the_runs_after_it_have(tiny, tmp_path, capsys, fails_in):
+    """The second says that it holds out 6 images; two of them the first was trained on."""
+    train(*tiny, "--epochs", 1, "--val_split", 4)
+    first = ["--start", tmp_path / "run" / "final.pth.tar", "--save_dir", tmp_path / "second"]
+    options = [*tiny, *first, "--val_split", 6, "--schedule", "1"]
+    train(*options, "--epochs", 1)
+    resume = ["--resume", tmp_path / "second" / "checkpoint.pth.tar"]
+    train(*[o for o in options if o not in first[:2]], "--epochs", 2, *resume)
+    final = tmp_path / "second" / "final.pth.tar"
+    prune = ["--data", tiny[3], "--resume", final, "--percent", 0.5, "--save_dir", tmp_path / "pruned", "--val_split"]
+    status, line = fails_in(cifar_prune_iterative, *prune, 6)
+    assert status == 2 and "was trained on all but 4 images: give at most --val_split 4" in line
+    cifar_prune_iterative.main(cifar_prune_iterative.get_parser().parse_args([str(o) for o in (*prune, 4)]))
+    for file in (final, tmp_path / "pruned" / "pruned_0.5.pth.tar"):
+        capsys.readouterr()
+        train(*tiny, "--epochs", 1, "--val_split", 6, "--start", file, "--save_dir", tmp_path / "3", "--overwrite")
+        assert "trained on 2 of the 6 held-out images" in capsys.readouterr().err

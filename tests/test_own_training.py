@@ -194,3 +194,18 @@ def test_in_one_of_several_processes_it_is_said_too(options, tmp_path):
     outputs = [job.communicate(timeout=120) for job in jobs]
     assert all(job.returncode for job in jobs)
     assert "one of the 36 training images to a process" in outputs[1][1] and "Traceback" not in outputs[1][1]
+
+
+def test_a_mask_of_linear_layers_needs_linear(options, tmp_path, fails):
+    options += ["-a", "odd_nets:Wrapped", "--epochs", 1, "--save_dir"]
+    train(*options, tmp_path / "plain")
+    train(*options, tmp_path / "linear", "--linear")
+    state = load_checkpoint(tmp_path / "linear" / "final.pth.tar")
+    state["state_dict"]["last.1.weight"][:, ::2] = 0
+    save_checkpoint(tmp_path / "cut.pth.tar", state)
+    begin = ["--start", tmp_path / "plain" / "final.pth.tar", "--mask", tmp_path / "cut.pth.tar"]
+    status, line = fails(*options, tmp_path / "third", *begin)
+    assert status == 2 and "cut.pth.tar has zeros in Linear layers" in line and "add --linear" in line
+    train(*options, tmp_path / "third", *begin, "--linear")
+    left = load_checkpoint(tmp_path / "third" / "final.pth.tar")["state_dict"]["last.1.weight"]
+    assert not left[:, ::2].any() and left[:, 1::2].all()

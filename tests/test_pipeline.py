@@ -443,7 +443,7 @@ def test_a_checkpoint_of_the_release(network, tmp_path):
     assert pruned["results"][0]["sparsity"] == 0.5 and (tmp_path / "pruned" / "pruned_0.5.pth.tar").exists()
 
 
-def test_energy_files(network, tmp_path, capsys):
+def test_energy_files(network, tmp_path, capsys, fails_in):
     options, model = network
     capsys.readouterr()
     call(compute_energy, *options, "--checkpoint", model, "--save", tmp_path / "e.npz", "--split", "test")
@@ -475,6 +475,8 @@ def test_energy_files(network, tmp_path, capsys):
         alone = layer_energies(network, {layer: network.get_submodule(layer)}, batches, pool=pool)[layer]
         assert energies[split, pool] == pytest.approx(alone.numpy(), abs=1e-5)
     assert all(np.abs(one - other).max() > 1e-4 for one, other in combinations(energies.values(), 2))
+    status, line = fails_in(compute_energy, *options, "--checkpoint", model, "--save", ".")
+    assert status == 2 and "--save . is a folder: give a name in it, such as energy" in line
     overlay = ["--checkpoint", model, model, "--labels", "a", "b", "--layers", "conv1", "layer3.0.conv2"]
     call(compute_energy, *options, *overlay, "--save", tmp_path / "two")
     with np.load(tmp_path / "two.npz") as arrays:
@@ -518,8 +520,9 @@ def test_a_network_that_had_zeros_goes_by_its_true_sparsity(network, tmp_path, c
     kept = f"{once['results'][0]['after']['top1']:.2f}"
     assert lines[2].endswith(f" | {kept} |  |")
     assert lines[3] == f"| two |  | {kept} | {twice['results'][0]['after']['top1']:.2f} |"
-    status, line = fails_in(compare_pruning, *files, "--labels", "one", "two", "--sentence")
-    assert status == 2 and "two had zeros" in line
+    save = ["--save", tmp_path / "c.png"]
+    status, line = fails_in(compare_pruning, *files, "--labels", "one", "two", "--sentence", *save)
+    assert status == 2 and "two had zeros" in line and not save[1].exists()
     report = json.loads(files[1].read_text())
     report["results"][0]["sparsity"] = "0.9"
     write_json(files[1], report)

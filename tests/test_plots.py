@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from utils import plot_lambda, plot_methods, plots
 from utils.plot_methods import beyond_spread, extent, failed_to_learn, finding, front, middle, plot_study
-from utils.plot_style import METHODS, looks, method_of, positions
+from utils.plot_style import METHODS, looks, method_of, positions, save_figure
 
 RATIOS = [0.5, 0.75, 0.875, 0.9375, 0.95, 0.96875, 0.98, 0.99, 0.995]
 
@@ -563,3 +564,29 @@ def test_redraw_names_the_figure_whose_data_are_damaged(tmp_path, monkeypatch, f
     monkeypatch.setattr(module, "REPOSITORY", tmp_path)
     with pytest.raises(ValueError, match="results/halo/regularization.png cannot be drawn"):
         module.main(module.get_parser().parse_args([str(tmp_path / "results")]))
+
+
+def test_a_title_wider_than_its_figure_is_broken(tmp_path):
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    figure.subplots()
+    figure.suptitle("short\n" + "runs/a_folder_with_a_long_name/" * 6)
+    save_figure(figure, tmp_path / "figure.png")
+    lines = figure.get_suptitle().splitlines()
+    assert lines[0] == "short" and "".join(lines[1:]) == "runs/a_folder_with_a_long_name/" * 6
+    assert figure._suptitle.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width <= figure.bbox.width
+    assert figure.get_figheight() > 3
+
+
+def test_a_label_that_begins_with_an_underscore_is_in_the_legend(figure):
+    drawn = figure(plot_methods.plot_comparison, {"_a/p": {0.0: 90.0}, "b/p": {0.0: 90.0}}, title="two")
+    assert [text.get_text().strip() for text in drawn.legends[0].get_texts()] == ["_a/p", "b/p"]
+    drawn = figure(plots.plot_energy, {"_a": NETWORK, "b": NETWORK}, pool="max")
+    assert [text.get_text().strip() for text in drawn.legends[0].get_texts()][:2] == ["_a", "b"]
+
+
+def test_of_many_networks_the_title_names_two(figure):
+    def network(count):
+        return {"conv": {"channels": 4, "components": {"50%": 1, "90%": 1, "95%": count, "99%": 4}}}
+
+    named = {name: network(count) for name, count in zip("abcd", (2, 4, 1, 3), strict=True)}
+    assert figure(plots.plot_energy, named, pool="max").get_suptitle().endswith("25% (c) to 100% (b)")

@@ -57,3 +57,14 @@ def test_penalties_without_a_lam_per_weight():
     assert penalty_statistics(MCP(w, xi=0.5, psi=2))["lambda_q50"] == ""
     sws = penalty_statistics(SWS(w, xi=0.5, psi=1, lambda_init=2))
     assert (sws["lambda_q0"], sws["strength_q95"], sws["rank_correlation"]) == (2.0, 0.125, "")
+
+
+def test_lam_of_weights_that_are_held_at_zero_do_not_count():
+    w = {"w": torch.cat([torch.zeros(50), torch.linspace(0.1, 1, 51)]), "bias": torch.full((2,), 0.05)}
+    penalty = HALO(w, xi=0.5, psi=1)
+    penalty.lambdas["w"].data.copy_(torch.cat([torch.full((50,), 1e-6), torch.linspace(1, 2, 51)]))
+    row = penalty_statistics(penalty, {"w": w["w"] == 0})
+    assert (row["lambda_q0"], row["lambda_q50"], row["lambda_q100"]) == (1.0, pytest.approx(1.48), 2.0)
+    assert row["strength_q100"] == 0.5 and penalty_statistics(penalty)["strength_q100"] > 1e10
+    everything = {name: torch.ones_like(t, dtype=torch.bool) for name, t in w.items()}
+    assert penalty_statistics(penalty, everything)["lambda_q50"] == ""

@@ -44,7 +44,7 @@ def histograms(weights: np.ndarray, lambdas: np.ndarray) -> dict[str, np.ndarray
     drawn = weights >= SMALLEST
     edges = _edges(weights[drawn], logarithmic=True)
     found = {"w_edges": edges, "w": np.histogram(weights, edges)[0], "not_drawn": np.array((~drawn).sum())}
-    if len(lambdas) == len(weights):
+    if len(lambdas) == len(weights) > 0:
         lambdas = np.maximum(lambdas, SMALLEST)
         found["lam_edges"] = _edges(lambdas, logarithmic=lambdas.max() > 2 * lambdas.min())
         found["lam"] = np.histogram(lambdas, found["lam_edges"])[0]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
-from utils.plot_style import legend_below, looks, save_figure, sparsity_axis
+from utils.plot_style import legend_below, legend_label, looks, save_figure, sparsity_axis
 
 FEW = 3  # up to so many seeds are drawn one by one; a standard deviation of them would say little
 NEAR = 5.0  # points of top-1 below the best that the close-up still shows
@@ -249,7 +249,7 @@ def plot_comparison(
     at = sparsity_axis(axes, {ratio for run in runs.values() for ratio in run})
     for label, run in runs.items():
         ratios = sorted(run)
-        axes.plot([at[r] for r in ratios], [run[r] for r in ratios], label=label, **look[label])
+        axes.plot([at[r] for r in ratios], [run[r] for r in ratios], label=legend_label(label), **look[label])
     axes.set(ylabel=f"{images} top-1 (%)")
     legend_below(figure, axes.get_legend_handles_labels()[0])
     figure.suptitle(title)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import NullLocator
@@ -44,12 +46,30 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     Raises:
         OSError: the file cannot be written; what it held before is untouched.
     """
+    _fit_title(figure)
     ticks = {text for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in axis.findobj(Text)}
     for text in figure.findobj(Text):
         text.set_text(printable(text.get_text()))
         text.set_parse_math(text in ticks and text.get_parse_math())  # powers of ten stand on axes as formulas
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def _fit_title(figure: Figure) -> None:
+    """Break the lines of a title that is wider than its figure, as one with paths may be, and make room for them."""
+    title = figure.get_suptitle()
+    for text in figure.findobj(lambda artist: isinstance(artist, Text) and title and artist.get_text() == title):
+        share = text.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / figure.bbox.width
+        if share > 0.98:
+            room = int(0.95 * max(map(len, title.splitlines())) / share)
+            lines = [part for line in title.splitlines() for part in textwrap.wrap(line, room)]
+            figure.set_figheight(figure.get_figheight() + 0.21 * (len(lines) - len(title.splitlines())))
+            text.set_text("\n".join(lines))
+
+
+def legend_label(text: str) -> str:
+    """Return a text by which a curve stands in the legend: matplotlib leaves out what begins with an underscore."""
+    return f" {text}" if text.startswith("_") else text
 
 
 def tick_label(text: str) -> str:

@@ -14,7 +14,19 @@ from torch import Tensor
 
 from models import with_depth
 from utils.paths import portable_path
-from utils.plot_style import DARK, LIGHT, MIDDLE, legend_below, looks, save_figure, sparsity_axis, tick_label
+from utils.plot_style import (
+    DARK,
+    LIGHT,
+    MIDDLE,
+    legend_below,
+    legend_label,
+    looks,
+    save_figure,
+    sparsity_axis,
+    tick_label,
+)
+
+MOST_IN_TITLE = 3  # networks that a title names; of more, those with the smallest and the largest number
 
 
 def plot_curves(history: Sequence[dict], path: str | Path, *, title: str) -> None:
@@ -139,8 +151,12 @@ def plot_energy(
         label: np.mean([layer["components"]["95%"] / layer["channels"] for layer in layers.values()])
         for label, layers in networks.items()
     }
-    parts = ", ".join(f"{100 * mean:.0f}% ({label})" for label, mean in means.items())
-    figure.suptitle(f"channels for 95% of the energy of the covariance, {pool} pooling,\nmean over layers: {parts}")
+    said = {label: f"{100 * mean:.0f}% ({label})" for label, mean in means.items()}
+    parts = ", ".join(said.values())
+    if len(said) > MOST_IN_TITLE:
+        parts = f"{said[min(means, key=means.get)]} to {said[max(means, key=means.get)]}"
+    head = f"channels for 95% of the energy of the covariance, {pool} pooling,"
+    figure.suptitle(f"{head}\nmean over layers: {parts}")
     save_figure(figure, path)
 
 
@@ -188,7 +204,7 @@ def _energy_panels(
             else:
                 x, y = [0, *x, 1], [0, *y, 1]
             panel.plot(x, y, color=style["color"], linestyle=style["linestyle"])
-            panel.plot([], [], label=label, **style)
+            panel.plot([], [], label=legend_label(label), **style)
         panel.set(ylim=(0, 1.03), xlim=(0, 1.01))
         panel.set_title(name, fontsize=9)
         panel.grid(alpha=0.3)

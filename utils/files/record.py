@@ -77,6 +77,17 @@ def read_record(state: Mapping, path: str | Path) -> Record | None:
     return Record(dataset, arch, depth, count, preprocessing, names, padding, not no_flip)
 
 
+def unseen_images(state: Mapping) -> int | None:
+    """Return how many held-out images neither this run nor one that it began from has trained on.
+
+    None where the file does not say: `unseen` is recorded of a run that began from one with fewer, else `val_split`.
+    """
+    config = state.get("config")
+    config = config if isinstance(config, Mapping) else {}
+    count = config.get("unseen", config.get("val_split"))
+    return count if isinstance(count, int) else None
+
+
 def recorded_widths(state: Mapping, path: str | Path) -> dict[str, list[int]] | None:
     """Return the widths of a network that `halo.shrink` has made narrower, None for one of full width.
 

@@ -84,7 +84,7 @@ class DecoupledLambdaSGD(LambdaSGD):
         if not self._request.open:
             return
         self._request.take()
-        self.penalty.require_absent("the loss")
+        self.penalty.require_absent("the loss", "add_grad_()")
         require_current(self.penalty.penalized)
         of_loss = {w: w.grad for w in self.penalty.penalized.values()}
         for w in of_loss:

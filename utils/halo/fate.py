@@ -61,14 +61,15 @@ class Entry(Steps):
 
     Args:
         w: the weight, a leaf.
+        made: something else has added to it already.
 
     Attributes:
-        made: it did.
+        made: it was added to.
     """
 
-    def __init__(self, w: Tensor) -> None:
+    def __init__(self, w: Tensor, *, made: bool) -> None:
         super().__init__(w)
-        self.made, self._task = False, _current_graph_task_id()
+        self.made, self._task = made, _current_graph_task_id()
         self._watch_backward()
 
     def _after_backward(self) -> None:

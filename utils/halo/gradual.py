@@ -118,14 +118,23 @@ class GradualPruning(FixedZeros):
 
     def state_dict(self) -> dict:
         """Return all that a checkpoint needs to go on: tensors and plain types."""
-        return super().state_dict() | {"steps": self.steps, "aside": self._aside, "lambdas": self._lambdas_before}
+        state = {"steps": self.steps, "aside": self._aside, "lambdas": self._lambdas_before}
+        return super().state_dict() | state | {"schedule": self._schedule()}
+
+    def _schedule(self) -> list[float]:
+        return [self.sparsity, self.begin, self.end, self.every]
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: its masks, or the values that it has aside, are of another network.
+            ValueError: its masks, or the values that it has aside, are of another network, or its schedule is another.
         """
+        if state.get("schedule", self._schedule()) != self._schedule():  # one saved without it has none
+            was, now = (
+                f"sparsity {s:g}, begin {b}, end {e}, every {n}" for s, b, e, n in (state["schedule"], self._schedule())
+            )
+            raise ValueError(f"the checkpoint prunes by {was}, this by {now}: give the same")
         super().load_state_dict(state)
         self.steps = state["steps"]
         self._aside = self._zeros_like_weights() if state["aside"] else {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .guard import WATCHED_STEPS, NamedParameters, require_current
 from .memory import pieces
 
 # The integers in which a number's bits are masked: an "and" is as fast as memory and leaves 0.0, where a product
@@ -39,7 +40,8 @@ class FixedZeros:
     """
 
     def __init__(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> None:
-        self.weights = dict(weights)
+        named = isinstance(weights, NamedParameters)  # which know the model that they are of
+        self.weights = NamedParameters(weights, weights.model) if named else dict(weights)
         if masks is None:
             masks = {name: w.detach() == 0 for name, w in self.weights.items()}
         self._keep = {name: torch.empty_like(w, dtype=torch.int8) for name, w in self.weights.items()}
@@ -65,7 +67,12 @@ class FixedZeros:
             keep.copy_(masks[name]).sub_(1)  # every bit set where the weight is kept, none where it is not
         self.zeros = self.total - sum(int(keep.count_nonzero()) for keep in self._keep.values())
         self.clear_(optimizer)
-        self._seen = False  # whether the weights are zero after a step
+        self._looks = 0  # how often it was seen since that the weights are zero after a step
+        self._before = self._corners()
+
+    def _corners(self) -> list[Tensor]:
+        """Return a copy of a few elements of every weight, by which it is known whether a step has moved any."""
+        return [w.detach()[(slice(4),) * w.dim()].clone() for w in self.weights.values()]
 
     @torch.no_grad()
     def clear_(self, optimizer: Optimizer | None = None) -> None:
@@ -76,7 +83,12 @@ class FixedZeros:
 
     @torch.no_grad()
     def clear_grad_(self) -> None:
-        """Set the gradients of the weights that are held at zero to 0.0."""
+        """Set the gradients of the weights that are held at zero to 0.0.
+
+        Raises:
+            ValueError: a layer of the model, or its weight, was replaced.
+        """
+        require_current(self.weights)
         if not self.zeros:
             return
         for name, w in self.weights.items():
@@ -84,12 +96,15 @@ class FixedZeros:
                 and_(w.grad, self._keep[name])
 
     def advance_(self) -> None:
-        """Count a step of the optimizer, and see after the first with a mask whether the weights are zero.
+        """Count a step of the optimizer, and see after the first that moved a weight whether those held are zero.
+
+        A step with a learning rate of 0, or one that a GradScaler left out, moves none; after WATCHED_STEPS nobody
+        looks any more, since each look makes the host wait for an accelerator.
 
         Raises:
             ValueError: some are not.
         """
-        if self._seen:
+        if self._looks == WATCHED_STEPS:
             return
         for name, w in self.weights.items():
             moved = int((w.detach() != 0).logical_and_(self._keep[name] == 0).count_nonzero())
@@ -98,7 +113,8 @@ class FixedZeros:
                     f"{moved} weights of {name} that are held at zero have moved: their momentum was not cleared (call "
                     "clear_(optimizer)), or clear_grad_() was left out, or the optimizer mixes weights, as Muon does"
                 )
-        self._seen = True
+        stepped = any(not torch.equal(one, other) for one, other in zip(self._before, self._corners(), strict=True))
+        self._looks = WATCHED_STEPS if stepped else self._looks + 1
 
     def state_dict(self) -> dict:
         """Return all that a checkpoint needs to go on: tensors and plain types."""

@@ -217,4 +217,5 @@ def prunable_weights(model: nn.Module, *, linear: bool = False, exclude: Exclude
     Warns:
         UserWarning: as `penalized_parameters`, in the same words.
     """
-    return {name: p for name, p in _select(model, linear=linear, exclude=exclude).items() if _is_weight(name)}
+    chosen = _select(model, linear=linear, exclude=exclude)
+    return NamedParameters({name: p for name, p in chosen.items() if _is_weight(name)}, inner_model(model))

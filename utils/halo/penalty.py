@@ -46,11 +46,15 @@ class Penalty(nn.Module):
         return total
 
     def _note_backward(self, _: Tensor) -> None:
-        self._entered.add("the loss")
+        self._enter("the loss", made=False)
+
+    def _enter(self, way: str, *, made: bool) -> None:
+        """Know on which way the penalty enters the gradients, and whether it has or a backward pass is to tell."""
+        self._entered.add(way)
         self._forget_entry()
         trained = [w for w in self.penalized.values() if w.requires_grad and w.is_leaf]
         if trained and not self.lambdas:
-            self._entry = Entry(trained[0])
+            self._entry = Entry(trained[0], made=made)
 
     def _forget_entry(self) -> None:
         if self._entry:
@@ -133,7 +137,7 @@ class Penalty(nn.Module):
         self.require_absent("the loss")
         with self.guard.adding(scaler):
             self.fill_grad_()
-        self._entered.add("add_grad_()")
+        self._enter("add_grad_()", made=True)
 
     @torch.no_grad()
     def fill_grad_(self) -> None:

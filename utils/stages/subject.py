@@ -12,7 +12,7 @@ from torch import nn
 from models import find_arch, takes_linear
 from utils.files.checkpoint import load_checkpoint, load_weights
 from utils.files.preprocessing import Preprocessing, unrecorded
-from utils.files.record import Record, build_recorded, read_record, take_from_file
+from utils.files.record import Record, build_recorded, read_record, take_from_file, unseen_images
 from utils.options import OptionError
 from utils.run import choose_device
 from utils.training.data import hold_out, load_dataset
@@ -98,16 +98,15 @@ def check_held_out(state: dict, path: str, val_split: int) -> int | None:
     Raises:
         OptionError: it was trained on some of them. A file that does not say so is taken at the user's word.
     """
-    config = state.get("config")
-    held_out = config.get("val_split") if isinstance(config, dict) else None
-    if not isinstance(held_out, int):
+    unseen = unseen_images(state)
+    if unseen is None:
         return None
-    if val_split <= held_out:
-        return held_out
-    if not held_out:
+    if val_split <= unseen:
+        return state["config"]["val_split"]
+    if not unseen:
         raise OptionError(f"--val_split {val_split}: {path} was trained on all images, none was held out: leave it out")
-    remedy = f"give at most --val_split {held_out}"
-    raise OptionError(f"--val_split {val_split}: {path} was trained on all but {held_out} images: {remedy}")
+    remedy = f"give at most --val_split {unseen}"
+    raise OptionError(f"--val_split {val_split}: {path} was trained on all but {unseen} images: {remedy}")
 
 
 def _images(args: argparse.Namespace, record: Record | None, *, val_split: int) -> Dataset:

@@ -17,6 +17,7 @@ from utils.training.dataset import Batch
 from utils.training.meters import Metrics
 from utils.training.precision import Precision
 from utils.training.recorded import RecordedStep
+from utils.training.statistics import without_held
 from utils.training.step import TrainingStep
 
 # Reading a loss makes the host wait for an accelerator, so there only every CHECK_EVERY-th batch is looked at.
@@ -160,11 +161,8 @@ class LossWatch:
 
 def smallest_lambda(penalty: Penalty, zeros: FixedZeros | None = None) -> float | None:
     """Return the smallest |lam| of the weights that are not held at zero; None where nothing is learned."""
-    held, free = zeros.masks if zeros else {}, []
-    for name, lam in penalty.lambdas.items():
-        values = lam.detach().abs()
-        free.append(values[~held[name]] if name in held and held[name].shape == lam.shape else values)
-    smallest = min((values.min().item() for values in free if values.numel()), default=math.inf)
+    free = without_held(penalty.lambdas, zeros.masks if zeros else {})
+    smallest = min((lam.detach().abs().min().item() for lam in free.values() if lam.numel()), default=math.inf)
     return smallest if free else None
 
 

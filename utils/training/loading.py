@@ -64,6 +64,8 @@ def take_from_resumed(args: argparse.Namespace, state: Mapping) -> None:
         args.padding = config["padding"]
     if ":" in args.arch and config.get("linear") is True:
         args.linear = True
+    if "unseen" in config:
+        args.unseen = config["unseen"]
 
 
 def take_from_start(args: argparse.Namespace, state: Mapping, path: str) -> None:

@@ -20,7 +20,7 @@ from utils.run import write_json
 from utils.training import loading
 from utils.training.announce import next_command
 from utils.training.state import network_state
-from utils.training.statistics import flatten
+from utils.training.statistics import flatten, without_held
 
 if TYPE_CHECKING:
     from utils.training.experiment import Experiment
@@ -47,10 +47,12 @@ def write_outputs(run: Experiment) -> dict:
     if not is_main():
         return summary | test_best(run)
     save_checkpoint(run.folder / "final.pth.tar", network_state(run))
-    weights, lambdas = write_arrays(run)
+    write_arrays(run)
     summary |= test_best(run)
+    held = run.zeros.masks if run.zeros else {}
+    drawn = (_vector(without_held(t, held)) for t in (run.penalty.penalized, run.penalty.lambdas))
     with atomic_write(run.folder / "regularization.npz") as file:
-        np.savez_compressed(file, **plot_lambda.histograms(weights, lambdas))
+        np.savez_compressed(file, **plot_lambda.histograms(*drawn))
     draw_curves(run.folder, run.history, vars(run.args))
     draw_regularization(run.folder, last, vars(run.args))
     summary["log_sha256"] = hashlib.sha256((run.folder / "log.csv").read_bytes()).hexdigest()
@@ -84,23 +86,23 @@ def draw_regularization(folder: Path, last: Mapping, arguments: Mapping) -> None
         plot_lambda.plot_regularization(counts, folder / "regularization.png", title=title, still=still)
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    """Return a tensor as numpy has it: bf16, which it lacks, as fp32."""
-    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).cpu().numpy()
+def _vector(tensors: Mapping[str, torch.Tensor]) -> np.ndarray:
+    """Return tensors as one vector of numpy: bf16, which it lacks, as fp32; none as a vector of length 0."""
+    if not tensors:
+        return np.empty(0, np.float32)
+    vector = flatten(tensors)
+    return (vector.float() if vector.dtype is torch.bfloat16 else vector).cpu().numpy()
 
 
-def write_arrays(run: Experiment) -> tuple[np.ndarray, np.ndarray]:
-    """Write the arrays that the release writes; return the penalised weights and their lam as vectors."""
-    weights = _array(flatten(run.penalty.penalized))
-    lambdas = _array(flatten(run.penalty.lambdas)) if run.penalty.lambdas else np.empty(0, np.float32)
-    arrays = {"conv_params": weights, "reg_params": lambdas}
+def write_arrays(run: Experiment) -> None:
+    """Write the arrays that the release writes."""
+    arrays = {"conv_params": _vector(run.penalty.penalized), "reg_params": _vector(run.penalty.lambdas)}
     for split, key in (("train", "train"), ("test", run.held_out)):
         arrays[f"{split}_accs"] = np.array([row[f"{key}_top1"] for row in run.history])
         arrays[f"{split}_losses"] = np.array([row[f"{key}_loss"] for row in run.history])
     for name, array in arrays.items():
         with atomic_write(run.folder / f"{name}.npy") as file:
             np.save(file, array, allow_pickle=False)
-    return weights, lambdas
 
 
 def test_best(run: Experiment) -> dict:

@@ -96,7 +96,7 @@ def run_epoch(run: Experiment) -> dict:
         **{f"{run.held_out}_{key}": value for key, value in held_out.items()},
         **near_zero(run.penalty.penalized),
         **sparsity(run),
-        **penalty_statistics(run.penalty),
+        **penalty_statistics(run.penalty, run.zeros.masks if run.zeros else None),
         "seconds": time.perf_counter() - start,
         "images_per_second": len(run.data.train.labels) / training_seconds,
     }

@@ -54,20 +54,36 @@ def rank_correlation(x: Tensor, y: Tensor) -> float:
     return torch.corrcoef(ranks.cpu().double())[0, 1].item()
 
 
-def penalty_statistics(penalty: Penalty) -> dict[str, float | str]:
+def without_held(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the elements of tensors that are not held at zero, where a mask says so; the others' lam may be anything.
+
+    Args:
+        tensors: weights, or their lam, by name.
+        held: name to bool tensor, True where the weight is held at zero (`FixedZeros.masks`).
+    """
+    fits = {name for name, t in tensors.items() if name in held and held[name].shape == t.shape}
+    return {name: t.detach()[~held[name]] if name in fits else t for name, t in tensors.items()}
+
+
+def penalty_statistics(penalty: Penalty, held: Mapping[str, Tensor] | None = None) -> dict[str, float | str]:
     """Return the quantiles of |lam| and of the effective strength, and the rank correlation of |lam| with |w|.
+
+    Args:
+        penalty: the penalty.
+        held: where weights are held at zero, as in `without_held`: they and their lam do not count.
 
     Returns:
         `lambda_q<q>`, `strength_q<q>` and `rank_correlation`; an empty text where there is no such number.
     """
-    lam = flatten(penalty.lambdas).abs() if penalty.lambdas else None
+    lam = flatten(without_held(penalty.lambdas, held or {})).abs() if penalty.lambdas else None
+    lam = lam if lam is not None and len(lam) else None  # all of them may be held
     lam_quantiles = [""] * len(QUANTILES) if lam is None else quantiles(lam)
     # The strength falls as |lam| grows, so its quantiles are those of |lam| read from the other end.
     at = torch.ones(len(QUANTILES)) if lam is None else torch.tensor(lam_quantiles[::-1])
     strengths = penalty.strength(at).expand(len(QUANTILES)).tolist()
     correlation: float | str = ""
     if lam is not None and len(lam) > 1:
-        correlation = rank_correlation(lam, flatten(penalty.penalized).abs())
+        correlation = rank_correlation(lam, flatten(without_held(penalty.penalized, held or {})).abs())
         correlation = "" if math.isnan(correlation) else correlation
     return {
         **{f"lambda_q{q}": value for q, value in zip(QUANTILES, lam_quantiles, strict=True)},

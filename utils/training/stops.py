@@ -45,7 +45,7 @@ def begin_folder(run: Experiment) -> None:
         if is_main():
             if not own and source.parent != run.folder.resolve():
                 clear_run(run.folder)  # of the run that --overwrite replaces
-            _write_first_files(run, None if own else best)
+            _write_first_files(run, None if own else best, source)
         if not own:
             save_state(run)
         elif is_main():  # killed behind the checkpoint, the others lack its epoch
@@ -58,12 +58,20 @@ def begin_folder(run: Experiment) -> None:
         raise
 
 
-def _write_first_files(run: Experiment, best: dict | None) -> None:
-    """Write config.json, the first network of a run that begins, and the best one so far that a run brings along."""
+def _write_first_files(run: Experiment, best: dict | None, source: Path) -> None:
+    """Write config.json and the first network of the run.
+
+    Args:
+        run: that begins, or goes on.
+        best: the best network so far, which a run that goes on in another folder brings along; None for none.
+        source: the checkpoint that it goes on from, beside which its first network may lie.
+    """
     described = describe(run.args, run.device) | describe_images(run.data) | describe_zeros(run)
     write_json(run.folder / "config.json", described)
     if run.epoch == 0:
         save_checkpoint(run.folder / "init.pth.tar", network_state(run))
+    elif source.parent != run.folder.resolve() and source.with_name("init.pth.tar").is_file():
+        save_checkpoint(run.folder / "init.pth.tar", load_checkpoint(source.with_name("init.pth.tar")))
     if best:
         save_checkpoint(run.folder / "model_best.pth.tar", best)
 

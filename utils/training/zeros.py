@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models import takes_linear
 from utils.files.checkpoint import check_network, load_checkpoint, load_weights
+from utils.files.record import unseen_images
 from utils.halo.gradual import GradualPruning
 from utils.halo.masks import FixedZeros
 from utils.halo.parameters import prunable_weights
@@ -26,7 +27,7 @@ def begin(run: Experiment) -> None:
 
     Raises:
         CheckpointError: a file is unusable or of another network.
-        OptionError: a file lies where the run will write.
+        OptionError: a file lies where the run will write, or --mask has zeros that cannot be kept.
         ValueError: --mask names a network without zeros.
     """
     args = run.args
@@ -37,18 +38,21 @@ def begin(run: Experiment) -> None:
         state = load_checkpoint(args.start)
         load_weights(run.model, state["state_dict"], path=args.start)
         note_seen_images(run, state)
+    if args.gmp and (share := overall_sparsity(sparsity_per_layer(weights_of(run)))) > 0.01:
+        warn(f"{share:.0%} of the weights of {args.start} are zero; --gmp begins from none, so that they come back")
     run.zeros = make_zeros(run, read_masks(run, args.mask) if args.mask else None)
 
 
 def note_seen_images(run: Experiment, state: dict) -> None:
-    """Say so where a network was trained on images of this data set that are now to be held out."""
+    """Say so where a network was trained on images of this data set that are now to be held out, and record it."""
     path, config, wanted = run.args.start, state.get("config"), run.args.val_split
     if not isinstance(config, dict) or config.get("dataset") != run.args.dataset or not state.get("epoch"):
         return
-    held_out = config.get("val_split")
-    if isinstance(held_out, int) and held_out < wanted:
-        seen = f"{path} was trained on {wanted - held_out} of the {wanted} held-out images"
-        warn(f"{seen}: accuracy on them says too much" + (f"; --val_split {held_out} is safe" if held_out else ""))
+    unseen = unseen_images(state)
+    if unseen is not None and unseen < wanted:
+        run.args.unseen = unseen  # with the options, so that all that this run writes records it
+        seen = f"{path} was trained on {wanted - unseen} of the {wanted} held-out images"
+        warn(f"{seen}: accuracy on them says too much" + (f"; --val_split {unseen} is safe" if unseen else ""))
 
 
 def read_masks(run: Experiment, path: str) -> dict[str, Tensor]:
@@ -57,9 +61,13 @@ def read_masks(run: Experiment, path: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is unusable or of another network.
         ValueError: there is no zero in it.
+        OptionError: it was pruned with its Linear layers, and they take no part here.
     """
-    state_dict = load_checkpoint(path)["state_dict"]
+    state = load_checkpoint(path)
+    state_dict = state["state_dict"]
     check_network(run.model, state_dict, path=path)
+    if ":" in run.args.arch and state.get("config", {}).get("linear") is True and not run.args.linear:
+        raise OptionError(f"--mask {path} has zeros in Linear layers, which take no part in this run: add --linear")
     masks = {name: state_dict[name] == 0 for name in weights_of(run)}
     if not any(mask.any() for mask in masks.values()):
         raise ValueError(f"{path} has no zeros to keep: prune it first, or leave --mask out")
