@@ -21,6 +21,15 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says why and what to do."""
 
 
+# What a file says of the run and the images of its network, whoever writes it again.
+DESCRIPTION = ("epoch", "best_acc", "config", "preprocessing", "class_names", "images")
+
+
+def described(state: Mapping, *more: str) -> dict:
+    """Return what a checkpoint says of its network beside the weights: DESCRIPTION, and more if it is named."""
+    return {key: state[key] for key in (*DESCRIPTION, *more) if key in state}
+
+
 def save_checkpoint(path: str | Path, state: dict) -> None:
     """Write a checkpoint atomically.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.widths import widths_of
 from utils.files.atomic import atomic_write
-from utils.files.checkpoint import load_weights, save_checkpoint
+from utils.files.checkpoint import described, load_weights, save_checkpoint
 from utils.files.record import build_recorded
 from utils.halo.parameters import prunable_weights
 from utils.halo.pruning import overall_sparsity, savings, sparsity_per_layer
@@ -261,12 +261,11 @@ def contents(args: argparse.Namespace, subject: Subject, small: nn.Module) -> di
 def small_state(args: argparse.Namespace, subject: Subject, small: nn.Module, report: dict) -> dict:
     """Return the smaller network as a checkpoint that every script loads."""
     state = subject.state
-    kept = {key: state[key] for key in ("epoch", "best_acc", "class_names", "pruning", "images") if key in state}
     config = dict(state.get("config") or {})
     config |= {"dataset": args.dataset, "arch": args.arch, "depth": args.depth, "widths": widths_of(small)}
     config["num_classes"] = report["proof"]["classes"]
     top1 = report["proof"]["top1"]
-    return kept | {
+    return described(state, "pruning") | {
         "state_dict": {name: tensor.cpu().contiguous() for name, tensor in small.state_dict().items()},
         "acc": state.get("acc") if top1 is None else report["proof"]["forms"]["shrunk"]["top1"],
         "acc_images": recorded_images(state) if top1 is None else "test",

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils import plots
 from utils.files.atomic import write_text
-from utils.files.checkpoint import save_checkpoint
+from utils.files.checkpoint import described, save_checkpoint
 from utils.halo.parameters import prunable_weights
 from utils.halo.pruning import (
     SCHEMES,
@@ -208,14 +208,9 @@ def _save(
     path: Path, state: dict, model: nn.Module, args: argparse.Namespace, result: dict, *, accuracy: float
 ) -> None:
     pruning = {key: result[key] for key in ("asked", "removed", "sparsity", "threshold")}
-    kept = {
-        key: state[key]
-        for key in ("epoch", "best_acc", "config", "preprocessing", "class_names", "images")
-        if key in state
-    }
     pruning |= {"of": args.of, "scheme": args.scheme, "seed": args.seed, "checkpoint": str(args.resume)}
     pruning["images"] = "val" if args.val_split else "test"
-    save_checkpoint(path, kept | {"state_dict": model.state_dict(), "acc": accuracy, "pruning": pruning})
+    save_checkpoint(path, described(state) | {"state_dict": model.state_dict(), "acc": accuracy, "pruning": pruning})
 
 
 def _table(report: dict, *, classes: int) -> str:
