@@ -254,9 +254,12 @@ def test_a_run_that_goes_on_in_the_folder_of_another_leaves_nothing_of_it(finish
     other = tmp_path / "other"
     shutil.copytree(finished, other)
     (other / "notes.txt").write_text("mine")
+    (other / "init.pth.tar").write_text("of the run that was there")
+    (finished / "init.pth.tar").rename(tmp_path / "away")
     train(*options, "--resume", finished / "checkpoint.pth.tar", "--save_dir", other, "--overwrite")
+    (tmp_path / "away").rename(finished / "init.pth.tar")
     assert load_checkpoint(other / "final.pth.tar")["epoch"] == 3 and (other / "notes.txt").exists()
-    assert not (other / "init.pth.tar").exists()  # of the run that was there
+    assert not (other / "init.pth.tar").exists()
 
 
 def test_the_best_network_of_epochs_that_are_trained_anew_goes(finished, images, tmp_path):

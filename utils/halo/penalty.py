@@ -42,19 +42,15 @@ class Penalty(nn.Module):
         """Return `forward()`, and notice it if a backward pass goes through that."""
         total = super().__call__()
         if total.requires_grad and not torch.compiler.is_compiling():
-            total.register_hook(self._note_backward)
+            total.register_hook(lambda _: self._enter("the loss", made=False))
         return total
-
-    def _note_backward(self, _: Tensor) -> None:
-        self._enter("the loss", made=False)
 
     def _enter(self, way: str, *, made: bool) -> None:
         """Know on which way the penalty enters the gradients, and whether it has or a backward pass is to tell."""
         self._entered.add(way)
         self._forget_entry()
-        trained = [w for w in self.penalized.values() if w.requires_grad and w.is_leaf]
-        if trained and not self.lambdas:
-            self._entry = Entry(trained[0], made=made)
+        w = next((w for w in self.penalized.values() if w.requires_grad and w.is_leaf), None)
+        self._entry = None if w is None or self.lambdas else Entry(w, made=made)
 
     def _forget_entry(self) -> None:
         if self._entry:

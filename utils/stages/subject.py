@@ -98,11 +98,11 @@ def check_held_out(state: dict, path: str, val_split: int) -> int | None:
     Raises:
         OptionError: it was trained on some of them. A file that does not say so is taken at the user's word.
     """
-    unseen = unseen_images(state)
-    if unseen is None:
+    held_out, unseen = state.get("config", {}).get("val_split"), unseen_images(state)
+    if not isinstance(held_out, int) or unseen is None:
         return None
     if val_split <= unseen:
-        return state["config"]["val_split"]
+        return held_out
     if not unseen:
         raise OptionError(f"--val_split {val_split}: {path} was trained on all images, none was held out: leave it out")
     remedy = f"give at most --val_split {unseen}"
