@@ -75,6 +75,9 @@ class Forked:
         self.process.kill()
 
     def communicate(self, timeout: float) -> list[str]:
-        """Wait for the end; return what it printed, and to stderr."""
+        """Wait for the end; return what it printed, and to stderr. Once: the files go."""
         self.process.join(timeout)
-        return [file.read() for file in self.files]
+        texts = [file.read() for file in self.files]
+        for file in self.files:
+            file.close()
+        return texts
