@@ -4,6 +4,7 @@ import pkgutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -68,11 +69,18 @@ def figures(monkeypatch):
         monkeypatch.setattr(name, draw)
 
 
-@pytest.fixture(scope="module")
-def jobs_here():
-    """Do the jobs of a study in this process: starting others takes longer than the runs."""
+@contextmanager
+def jobs_in_this_process():
+    """Do the jobs of a study in this process for the block: starting others takes longer than the runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phases, "run_jobs", lambda jobs, workers: ((job, run_job(job)) for job in jobs))
+        yield
+
+
+@pytest.fixture(scope="module")
+def jobs_here():
+    """Do the jobs of a study in this process, in all tests of a file."""
+    with jobs_in_this_process():
         yield
 
 

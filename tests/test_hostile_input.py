@@ -255,9 +255,11 @@ def test_a_run_that_goes_on_in_the_folder_of_another_leaves_nothing_of_it(finish
     shutil.copytree(finished, other)
     (other / "notes.txt").write_text("mine")
     (other / "init.pth.tar").write_text("of the run that was there")
-    (finished / "init.pth.tar").rename(tmp_path / "away")
-    train(*options, "--resume", finished / "checkpoint.pth.tar", "--save_dir", other, "--overwrite")
-    (tmp_path / "away").rename(finished / "init.pth.tar")
+    source = tmp_path / "source"  # without an init.pth.tar of its own, which it would bring along
+    source.mkdir()
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        shutil.copy(finished / name, source)
+    train(*options, "--resume", source / "checkpoint.pth.tar", "--save_dir", other, "--overwrite")
     assert load_checkpoint(other / "final.pth.tar")["epoch"] == 3 and (other / "notes.txt").exists()
     assert not (other / "init.pth.tar").exists()
 

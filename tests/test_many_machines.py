@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, jobs_in_this_process
 from test_reproduce import STUDY, run, wait_until, write_study
 
 import reproduce
@@ -91,8 +91,7 @@ def threads_of_two_workers():
 def local(tmp_path_factory):
     """The folder of the study LONG, run in this process."""
     folder = tmp_path_factory.mktemp("local")
-    with pytest.MonkeyPatch.context() as patch, threads_of_two_workers():
-        patch.setattr(phases, "run_jobs", lambda jobs, workers: ((job, run_job(job)) for job in jobs))
+    with jobs_in_this_process(), threads_of_two_workers():
         run(write_study(folder, **LONG), "--out", folder / "out", "--jobs", 2)
     return folder / "out"
 

@@ -67,4 +67,5 @@ def test_lam_of_weights_that_are_held_at_zero_do_not_count():
     assert (row["lambda_q0"], row["lambda_q50"], row["lambda_q100"]) == (1.0, pytest.approx(1.48), 2.0)
     assert row["strength_q100"] == 0.5 and penalty_statistics(penalty)["strength_q100"] > 1e10
     everything = {name: torch.ones_like(t, dtype=torch.bool) for name, t in w.items()}
-    assert penalty_statistics(penalty, everything)["lambda_q50"] == ""
+    nothing = penalty_statistics(penalty, everything)
+    assert nothing["lambda_q50"] == nothing["strength_q50"] == nothing["rank_correlation"] == ""

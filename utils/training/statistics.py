@@ -76,11 +76,12 @@ def penalty_statistics(penalty: Penalty, held: Mapping[str, Tensor] | None = Non
         `lambda_q<q>`, `strength_q<q>` and `rank_correlation`; an empty text where there is no such number.
     """
     lam = flatten(without_held(penalty.lambdas, held or {})).abs() if penalty.lambdas else None
-    lam = lam if lam is not None and len(lam) else None  # all of them may be held
-    lam_quantiles = [""] * len(QUANTILES) if lam is None else quantiles(lam)
-    # The strength falls as |lam| grows, so its quantiles are those of |lam| read from the other end.
-    at = torch.ones(len(QUANTILES)) if lam is None else torch.tensor(lam_quantiles[::-1])
-    strengths = penalty.strength(at).expand(len(QUANTILES)).tolist()
+    lam_quantiles = quantiles(lam) if lam is not None and len(lam) else [""] * len(QUANTILES)
+    strengths: list[float | str] = [""] * len(QUANTILES)
+    if lam is None or len(lam):  # all of them may be held
+        # The strength falls as |lam| grows, so its quantiles are those of |lam| read from the other end.
+        at = torch.ones(len(QUANTILES)) if lam is None else torch.tensor(lam_quantiles[::-1])
+        strengths = penalty.strength(at).expand(len(QUANTILES)).tolist()
     correlation: float | str = ""
     if lam is not None and len(lam) > 1:
         correlation = rank_correlation(lam, flatten(without_held(penalty.penalized, held or {})).abs())

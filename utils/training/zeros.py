@@ -38,8 +38,9 @@ def begin(run: Experiment) -> None:
         state = load_checkpoint(args.start)
         load_weights(run.model, state["state_dict"], path=args.start)
         note_seen_images(run, state)
-    if args.gmp and (share := overall_sparsity(sparsity_per_layer(weights_of(run)))) > 0.01:
-        warn(f"{share:.0%} of the weights of {args.start} are zero; --gmp begins from none, so that they come back")
+        share = overall_sparsity(sparsity_per_layer(weights_of(run)))
+        if args.gmp and share > 0.01:
+            warn(f"{share:.0%} of the weights of {args.start} are zero; --gmp begins from none, so that they come back")
     run.zeros = make_zeros(run, read_masks(run, args.mask) if args.mask else None)
 
 
@@ -66,8 +67,9 @@ def read_masks(run: Experiment, path: str) -> dict[str, Tensor]:
     state = load_checkpoint(path)
     state_dict = state["state_dict"]
     check_network(run.model, state_dict, path=path)
-    if ":" in run.args.arch and state.get("config", {}).get("linear") is True and not run.args.linear:
-        raise OptionError(f"--mask {path} has zeros in Linear layers, which take no part in this run: add --linear")
+    there = takes_linear(run.args.arch, run.model, asked=state.get("config", {}).get("linear") is True)
+    if there and not takes_linear(run.args.arch, run.model, asked=bool(run.args.linear)):
+        raise OptionError(f"--mask {path} was pruned with Linear layers, which take no part in this run: add --linear")
     masks = {name: state_dict[name] == 0 for name in weights_of(run)}
     if not any(mask.any() for mask in masks.values()):
         raise ValueError(f"{path} has no zeros to keep: prune it first, or leave --mask out")
