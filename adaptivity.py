@@ -23,11 +23,11 @@ from utils.files.atomic import write_text
 from utils.files.lock import folder_lock
 from utils.logger import say
 from utils.paths import portable_arguments
-from utils.plot_methods import failed_to_learn
 from utils.run import require_writable, run_script, write_json
 from utils.studies.adaptivity import LABELS, HaloRun, describe_lambdas, draw, load_run, measure_control, prepare
 from utils.studies.measurements import read_accuracies
 from utils.studies.report import top1_table
+from utils.verdict import failed_to_learn
 
 CONTROLS = [name for name in LABELS if name != "halo"]
 

@@ -93,7 +93,7 @@ def describe(settings: Mapping[str, Mapping]) -> str:
     """Return a title: what the runs are of, and that single runs name no winner."""
     names = {f"{s['dataset']}, {with_depth(s['arch'], s['depth'])}" for s in settings.values()}
     what = names.pop() if len(names) == 1 else f"{len(names)} different data sets or networks"
-    return f"{what}: top-1 after pruning\none run each (n = 1): no spread is known, so no winner is named"
+    return f"{what}: top-1 after pruning\none run each (n = 1): one shows no spread, so no winner is named"
 
 
 def finding(runs: dict[str, dict[float, float]]) -> str:

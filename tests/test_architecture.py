@@ -10,7 +10,7 @@ from conftest import ROOT
 # From the lowest to the highest; a file may import its own tier and those below it.
 TIERS = ["halo", "models", "shared", "training", "stages", "studies", "scripts"]
 SHARED = {"files", "interrupts", "logger", "run", "options", "command_line", "distributed"}
-SHARED |= {"plots", "plot_deploy", "plot_lambda", "plot_methods", "plot_style"}
+SHARED |= {"plots", "plot_deploy", "plot_lambda", "plot_methods", "plot_style", "verdict"}
 HALO_MAY_IMPORT = {"torch", "__future__"} | set(sys.stdlib_module_names)
 
 

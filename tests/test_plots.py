@@ -12,8 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from utils import plot_lambda, plot_methods, plots
-from utils.plot_methods import beyond_spread, extent, failed_to_learn, finding, front, middle, plot_study
+from utils.plot_methods import extent, front, middle, plot_study
 from utils.plot_style import METHODS, looks, method_of, positions, save_figure
+from utils.verdict import beyond_spread, failed_to_learn, finding
 
 RATIOS = [0.5, 0.75, 0.875, 0.9375, 0.95, 0.96875, 0.98, 0.99, 0.995]
 
@@ -31,6 +32,11 @@ def figure(monkeypatch):
         return drawn[0]
 
     return draw
+
+
+def title_of(figure):
+    """Return the title without the breaks of its lines."""
+    return " ".join(figure.get_suptitle().split())
 
 
 def boxes(artists):
@@ -78,11 +84,11 @@ COLOUR_BLIND = {
 
 
 def test_methods_differ_in_greyscale_and_for_colour_blind_readers():
-    pairs = list(itertools.combinations([colour for colour, _ in METHODS.values()], 2))
+    pairs = list(itertools.combinations([colour for colour, *_ in METHODS.values()], 2))
     assert all(abs(lightness(a)[0] - lightness(b)[0]) >= 7 for a, b in pairs)
     for matrix in COLOUR_BLIND.values():
         assert all(np.linalg.norm(lightness(a, matrix) - lightness(b, matrix)) > 15 for a, b in pairs)
-    assert len({marker for _, marker in METHODS.values()}) == len(METHODS)
+    assert len({marker for _, marker, _ in METHODS.values()}) == len(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -138,16 +144,28 @@ def test_a_difference_counts_beyond_the_spread_of_both():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"HALO": [98.0, 98.2], "L1": [90.0, 91.0]}, "at 0.9 removed, HALO keeps most: 98.10%"),
+        (
+            {"HALO": [98.0, 98.2], "L1": [90.0, 91.0]},
+            "at 0.9 removed HALO keeps most, 98.10 ± 0.14%; behind: L1 90.50 ± 0.71%",
+        ),
         (
             {"HALO": [98.0, 98.2], "L1": [97.0, 99.0], "none": [10, 11]},
-            "at 0.9 removed, level at the top, within the spread: HALO 98.10%; L1 98.00%",
+            "at 0.9 removed, level at the top, within the spread: HALO 98.10 ± 0.14%; L1 98.00 ± 1.41%; "
+            "behind: none 10.50 ± 0.71%",
         ),
-        ({"HALO": [98.0], "L1": [10.0]}, "at 0.9 removed: no winner is named where n = 1, for nobody knows the spread"),
+        (
+            {"HALO": [98.0], "L1": [10.0]},
+            "at 0.9 removed, single runs, which name no winner: HALO 98.00%; L1 10.00%",
+        ),
         ({"HALO": [98.0]}, "at 0.9 removed, HALO has 98.00%"),
         (
             {"a": [98.0, 98.2], "b": [97.0, 99.0], "c": [97.1, 98.7], "d": [96, 99]},
-            "at 0.9 removed, no difference beyond the spread: a 98.10%; b 98.00%; c 97.90%; d 97.50%",
+            "at 0.9 removed, no difference beyond the spread: a 98.10 ± 0.14%; b 98.00 ± 1.41%; c 97.90 ± 1.13%; "
+            "d 97.50 ± 2.12%",
+        ),
+        (
+            {"a": [98.0, 98.2], **{name: [90.0, 90.0] for name in "bcdefg"}},  # too many to name
+            "at 0.9 removed a keeps most, 98.10 ± 0.14%",
         ),
     ],
 )
@@ -158,8 +176,11 @@ def test_a_title_names_a_winner_only_beyond_the_spread(values, words):
 @pytest.mark.parametrize(
     ("others", "words"),
     [
-        ({}, "at 0.9 removed, HALO keeps most: 98.10%; L1 failed to learn in 1 of 3"),
-        ({"MCP": [97, 99]}, "no difference beyond the spread: HALO 98.10%; MCP 98.00%; L1 failed to learn in 1 of 3"),
+        ({}, "at 0.9 removed HALO keeps most, 98.10 ± 0.14%; L1 failed to learn in 1 of 3"),
+        (
+            {"MCP": [97, 99]},
+            "no difference beyond the spread: HALO 98.10 ± 0.14%; MCP 98.00 ± 1.41%; L1 failed to learn in 1 of 3",
+        ),
     ],
 )
 def test_a_method_that_failed_is_not_level(others, words):
@@ -201,7 +222,7 @@ def study_rows():
 def test_the_title_speaks_of_a_ratio_at_which_every_method_was_measured(figure):
     learned = [r for r in study_rows() if r["method"] != "MCP"]
     rows = [*learned, row("GMP", 0.95, [98, 98.1, 98.2]), row("GMP", 0.98, [99, 99.1, 99.2])]
-    assert "at 0.98 removed, GMP keeps most: 99.10%" in figure(plot_study, rows, title="All")._suptitle.get_text()
+    assert "at 0.98 removed GMP keeps most, 99.10 ± 0.10%" in figure(plot_study, rows, title="All")._suptitle.get_text()
     assert "at 0.995 removed" in figure(plot_study, learned, title="All")._suptitle.get_text()
     apart = [row("a", 0.5, [98, 98.1]), row("b", 0.9, [97, 97.1])]
     assert "at 0.9 removed, b has" in figure(plot_study, apart, title="None")._suptitle.get_text()
@@ -228,9 +249,41 @@ def test_study_draws_seeds_where_they_belong_and_the_close_up_holds_the_title(fi
     drawn_at = np.concatenate([line.get_xdata() for line in close.lines])
     assert close.get_xlim()[1] < drawn_at.min() < 1.2 * (1 - RATIOS[-1])  # the ratio that the title speaks of
     assert drawn_at.max() < close.get_xlim()[0]
-    words = "at 0.995 removed, HALO keeps most: 98.00%; MCP failed to learn in 1 of 3"
-    assert words in drawn._suptitle.get_text()
+    assert "at 0.995 removed HALO keeps most, 98.00 ± 0.20%; behind: SWS 97.70 ± 0.20%; L1" in title_of(drawn)
+    assert "MCP failed to learn in 1 of 3 (line: mean over seeds, the median where one failed, n = 3" in title_of(drawn)
     assert "failed to learn" in " ".join(text.get_text() for text in drawn.legends[0].get_texts())
+
+
+def test_one_run_of_one_method_is_drawn_once_without_marks_for_its_seed(figure):
+    rows = [row("HALO", ratio, [value]) for ratio, value in ((0, 94.0), (0.9, 93.0), (0.98, 86.0))]
+    drawn = figure(plot_study, rows, title="VGG-16")
+    assert_readable(drawn)
+    assert len(drawn.axes) == 1 and len(drawn.axes[0].lines) == 1
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["HALO"]
+    assert "at 0.98 removed, HALO has 86.00%, at 0.9 93.00% (one run each" in title_of(drawn)
+    assert drawn._suptitle.get_text().endswith("(one run each, n = 1)")
+
+
+def test_the_title_speaks_of_no_ratio_at_which_nothing_is_left(figure):
+    kept = {"HALO": (71.0, 49.0, 2.0), "none": (70.0, 1.2, 1.0)}
+    rows = [row(m, r, [v]) for m, values in kept.items() for r, v in zip((0, 0.95, 0.98), values, strict=True)]
+    title = title_of(figure(plot_study, rows, title="t"))
+    assert "at 0.95 removed, single runs, which name no winner: HALO 49.00%; none 1.20%" in title
+
+
+def test_the_title_says_where_coefficients_are_chosen_for_each_ratio(figure):
+    rows = [row("HALO", ratio, [98.0, 98.1]) for ratio in (0, 0.9, 0.95)]
+    for coefficients in (["xi=1"] * 3, ["xi=1", "xi=1", "xi=2"]):
+        made = [r | {"coefficients": text} for r, text in zip(rows, coefficients, strict=True)]
+        title = title_of(figure(plot_study, made, title="t"))
+        assert ("(coefficients chosen for each ratio; line: mean" in title) == (len({*coefficients}) > 1)
+
+
+def test_a_title_breaks_no_name(figure):
+    names = [f"lam averaged per layer, epoch {number}" for number in range(5)]
+    rows = [row(name, ratio, [97.0, 97.5]) for name in names for ratio in (0, 0.9)]
+    title = figure(plot_study, rows, title="t").get_suptitle()
+    assert all(f"{name} 97.25 ± 0.35%" in title for name in names) and "\N{NO-BREAK SPACE}" not in title
 
 
 def test_long_names_stay_within_the_figure(figure):
@@ -240,7 +293,8 @@ def test_long_names_stay_within_the_figure(figure):
         "L1 growing as HALO's median",
         "a long " * 4,
     )
-    rows = [row(name, ratio, [97.0, 98.0 + 0.01 * len(name), 97.6]) for name in names for ratio in (0, 0.95, *RATIOS)]
+    rows = [row(name, ratio, [97.0, 98.0 + 0.01 * len(name), 97.6]) for name in names for ratio in (0, *RATIOS[:-1])]
+    rows += [row(name, RATIOS[-1], [50.0, 51.0, 52.0]) for name in names]
     drawn = figure(plot_study, rows, title="HALO xi=0.0001 psi=1e-05: is it adaptive?", ratio=0.95)
     assert_readable(drawn)
     assert drawn.axes[1].get_xlim()[0] < 0.5  # not the network before pruning
@@ -295,9 +349,9 @@ def test_pareto_draws_a_front_a_method_over_its_faint_runs(figure):
     drawn = figure(plot_methods.plot_pareto, tuned, title="What survives?")
     assert_readable(drawn)
     lines = {line.get_label(): line for line in drawn.axes[0].lines}
-    assert lines["HALO"].get_xydata().tolist() == [[0.2, 97.4], [1.0, 97.5]]
+    assert lines["HALO (3)"].get_xydata().tolist() == [[0.2, 97.4], [1.0, 97.5]]
     assert lines["all methods"].get_xydata().tolist() == [[0.2, 97.4], [1.0, 98.0]]
-    assert "MCP" not in lines
+    assert not any(label.startswith("MCP") for label in lines)
 
 
 def test_comparison_draws_each_run_at_its_own_ratios(figure):
@@ -328,6 +382,13 @@ def test_the_penalty_has_an_axis_of_its_own(figure):
     assert len(figure(plots.plot_curves, history(0), title="run").axes) == 3
 
 
+def test_many_epochs_have_no_marks(figure):
+    many = [row | {"epoch": epoch} for epoch, row in enumerate(history(0)[:1] * 31, 1)]
+    for rows, marked in ((many[:30], True), (many, False)):
+        lines = [line for axes in figure(plots.plot_curves, rows, title="run").axes for line in axes.lines]
+        assert all((line.get_markersize() > 0) == marked for line in lines)
+
+
 def test_curves_are_what_their_names_say(figure):
     rows = history(0)
     for row in rows:
@@ -343,6 +404,7 @@ def test_bars_of_layers_are_what_is_zero_and_what_is_left(figure):
     drawn = figure(plots.plot_layers, [{"name": "conv1.weight", "sparsity": 0.75}], title="run")
     widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in drawn.axes[0].containers}
     assert list(widths.values()) == [[0.75], [0.25]], widths
+    assert [text.get_text() for text in drawn.axes[0].texts] == ["25%"]
 
 
 def test_histograms_count_every_weight():
@@ -363,7 +425,7 @@ def test_lam_at_rest_is_where_its_gradient_is_zero():
 @pytest.mark.parametrize(
     ("low", "high", "correlation", "words"),
     [
-        ("", "", "", "12.3% of the penalised weights have |w| <= 1e-3"),
+        ("", "", "", "12.3% of the prunable weights have |w| <= 1e-3"),
         ("0.5", "0.9", "0.4321", "; rank correlation of |lam| with |w|: 0.43"),
         ("0.85585", "0.85587", "0.96", "; lam spans less than 1% (0.85585 to 0.85587)"),
         ("10.31", "10.31", "", "; lam is 10.3 everywhere"),

@@ -65,7 +65,7 @@ def regularization_title(row: Mapping) -> str:
     Args:
         row: the last of log.csv; its values may be texts.
     """
-    title = f"{100 * float(row['fraction_1e-3']):.1f}% of the penalised weights have |w| <= 1e-3"
+    title = f"{100 * float(row['fraction_1e-3']):.1f}% of the prunable weights have |w| <= 1e-3"
     if row["lambda_q0"] == "":
         return title
     low, high = float(row["lambda_q0"]), float(row["lambda_q100"])
@@ -97,7 +97,7 @@ def plot_regularization(
     _histogram(axes[0], counts["w"], counts["w_edges"], DARK, f"|w|{note}")
     if panels == 3:
         _histogram(axes[1], counts["lam"], counts["lam_edges"], LIGHT, "|lam|")
-        _scatter(figure, axes[2], counts)
+        _scatter(figure, axes[2], counts, note=note)
         if still is not None and still[0] > 0 and (still[1] > 0 or still[2] > 0):
             _draw_rest(figure, axes[2], counts, *still)
     figure.suptitle(title)
@@ -118,7 +118,8 @@ def _scale(axis: Axis, edges: np.ndarray) -> None:
     if edges[-1] >= 20 * edges[0]:
         axis.set_major_locator(LogLocator(numticks=6))
         return
-    locator = LogLocator(subs=(1, 2, 5)) if edges[-1] >= 4 * edges[0] else MaxNLocator(4)
+    subs = (1, 2, 5) if edges[-1] >= 8 * edges[0] else (1, 1.5, 2, 3, 5, 7)
+    locator = LogLocator(subs=subs) if edges[-1] >= 4 * edges[0] else MaxNLocator(4)
     ticks = locator.tick_values(edges[0], edges[-1])
     axis.set_major_locator(FixedLocator([tick for tick in ticks if edges[0] <= tick <= edges[-1]]))
     axis.set_major_formatter(lambda value, _: f"{value:.3g}")
@@ -134,7 +135,7 @@ def _histogram(axes: Axes, counts: np.ndarray, edges: np.ndarray, colour: str, l
     axes.grid(alpha=0.3)
 
 
-def _scatter(figure: Figure, axes: Axes, counts: Mapping[str, np.ndarray]) -> None:
+def _scatter(figure: Figure, axes: Axes, counts: Mapping[str, np.ndarray], *, note: str) -> None:
     """Draw how many weights lie in each cell of |w| and |lam|."""
     both = np.ma.masked_equal(counts["both"].T, 0)
     norm = LogNorm() if both.count() else LogNorm(1, 2)  # where all weights are zero, nothing is drawn
@@ -142,7 +143,9 @@ def _scatter(figure: Figure, axes: Axes, counts: Mapping[str, np.ndarray]) -> No
     figure.colorbar(mesh, ax=axes, label="weights a cell")
     _scale(axes.xaxis, counts["w_edges"])
     _scale(axes.yaxis, counts["lam_edges"])
-    axes.set(xlabel="|w|", ylabel="|lam|")
+    low, high = counts["lam_edges"][[0, -1]]
+    margin = (high / low) ** 0.02  # the densest row is often the last, and would lie under the frame
+    axes.set(xlabel=f"|w|{note}", ylabel="|lam|", ylim=(low / margin, high * margin))
 
 
 def _draw_rest(

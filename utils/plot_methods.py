@@ -1,4 +1,4 @@
-"""Figures that compare methods: a study, its tuned runs, and any runs side by side; and when a difference counts."""
+"""Figures that compare methods: a study, its tuned runs, and any runs side by side."""
 
 from __future__ import annotations
 
@@ -11,62 +11,19 @@ from statistics import median
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 
 from utils.plot_style import legend_below, legend_label, looks, save_figure, sparsity_axis
+from utils.verdict import any_failed, failed_to_learn, finding
 
 FEW = 3  # up to so many seeds are drawn one by one; a standard deviation of them would say little
 NEAR = 5.0  # points of top-1 below the best that the close-up still shows
 
 
-def failed_to_learn(dense: float, best: float) -> bool:
-    """Tell whether a run never began to learn: before pruning it has less than half the top-1 of the best run."""
-    return dense < best / 2
-
-
-def beyond_spread(better: Mapping, worse: Mapping) -> bool:
-    """Tell whether a difference counts: both have n > 1, and means differ by more than the spread of the difference.
-
-    The spread is the root of the summed squares of the two standard deviations over seeds.
-
-    Args:
-        better, worse: `n`, `top1_mean` and `top1_std` of each.
-    """
-    if min(better["n"], worse["n"]) < 2:
-        return False
-    return better["top1_mean"] - worse["top1_mean"] > math.hypot(better["top1_std"], worse["top1_std"])
-
-
-def finding(rows: Sequence[Mapping], *, ratio: float) -> str:
-    """Say which method keeps most at a ratio if it beats each other one beyond the spread, else which are level.
-
-    A method of which a run failed to learn, and whose spread is therefore large, is named apart.
-
-    Args:
-        rows: `method`, `ratio`, `n`, `top1_mean` and `top1_std` of each method.
-        ratio: fraction removed; 0 before pruning.
-    """
-    here = sorted((row for row in rows if row["ratio"] == ratio), key=lambda row: -row["top1_mean"])
-    where = f"at {ratio:g} removed" if ratio else "before pruning"
-    best = here[0]
-    if len(here) == 1:
-        return f"{where}, {best['method']} has {best['top1_mean']:.2f}%"
-    if any(row["n"] < 2 for row in here):
-        return f"{where}: no winner is named where n = 1, for nobody knows the spread"
-    level = [row for row in here[1:] if not beyond_spread(best, row)]
-    failed = [row for row in level if any(row.get("failed", ()))]  # level only because its spread is so large
-    but = "".join(f"; {row['method']} failed to learn in {sum(row['failed'])} of {row['n']}" for row in failed)
-    names = "; ".join(f"{row['method']} {row['top1_mean']:.2f}%" for row in [best, *level] if row not in failed)
-    if len(level) == len(failed):
-        return f"{where}, {best['method']} keeps most: {best['top1_mean']:.2f}%{but}"
-    level_all = len(level) + 1 == len(here)
-    level_names = "no difference beyond the spread" if level_all else "level at the top, within the spread"
-    return f"{where}, {level_names}: {names}{but}"
-
-
 def middle(row: Mapping) -> float:
     """Return what is drawn of a row: the mean, or the median where a run failed to learn."""
-    return median(row["top1_seeds"]) if any(row.get("failed", ())) else row["top1_mean"]
+    return median(row["top1_seeds"]) if any_failed([row]) else row["top1_mean"]
 
 
 def extent(row: Mapping) -> list[float]:
@@ -79,13 +36,15 @@ def extent(row: Mapping) -> list[float]:
 
 def one_by_one(row: Mapping) -> bool:
     """Tell whether a row's seeds are drawn one by one: they are known, and few or one of them failed."""
-    return bool(row.get("top1_seeds")) and (row["n"] <= FEW or any(row["failed"]))
+    return bool(row.get("top1_seeds")) and (1 < row["n"] <= FEW or any(row["failed"]))
 
 
 def _draw_row(axes: Axes, x: float, row: Mapping, look: Mapping, *, floor: float) -> None:
     """Draw the seeds of a row, or its bar; a failed seed as a cross, at the floor of a close-up that it lies below."""
     colour = look["color"]
     if not one_by_one(row):
+        if row["n"] == 1:
+            return
         _, *ends = extent(row)
         axes.plot([x, x], ends, "-", color=colour, marker="_", markersize=6, linewidth=1)
         return
@@ -104,10 +63,19 @@ def _region(ratios: Sequence[float], ratio: float) -> list[float]:
 
 
 def _comparable(rows: Sequence[Mapping]) -> float:
-    """Return the highest ratio at which every method was measured: at another the best may be missing."""
-    methods = {row["method"] for row in rows}
-    ratios = {ratio: {row["method"] for row in rows if row["ratio"] == ratio} for ratio in {r["ratio"] for r in rows}}
-    return max((ratio for ratio, here in ratios.items() if here == methods), default=max(ratios))
+    """Return the highest ratio at which every method was measured, and one has learned what others know.
+
+    At another the best may be missing, or nothing be left of any.
+    """
+    methods, most = {row["method"] for row in rows}, max(row["top1_mean"] for row in rows)
+    everywhere = [
+        ratio
+        for ratio in {row["ratio"] for row in rows}
+        if {row["method"] for row in rows if row["ratio"] == ratio} == methods
+    ]
+    best = {ratio: max(row["top1_mean"] for row in rows if row["ratio"] == ratio) for ratio in everywhere}
+    alive = [ratio for ratio in everywhere if not failed_to_learn(best[ratio], most)]
+    return max(alive or everywhere or [row["ratio"] for row in rows])
 
 
 def _close_up_limits(rows: Sequence[Mapping], region: Sequence[float]) -> tuple[float, float]:
@@ -128,7 +96,7 @@ def _keys(rows: Sequence[Mapping], handles: list[Line2D]) -> list[Line2D]:
     if barred:
         lost = ", where single seeds were not kept" if any(row["n"] <= FEW for row in barred) else ""
         keys["|"] = f"± standard deviation over seeds{lost}"
-    if any(any(row.get("failed", ())) for row in rows):
+    if any_failed(rows):
         keys["x"] = "failed to learn, or lost it in a cut during training (the median is drawn; at the edge: below it)"
     for marker, label in keys.items():
         style = {"linestyle": "", "markeredgewidth": 1 if marker == "|" else 2, "markersize": 5 if marker == "." else 9}
@@ -136,51 +104,91 @@ def _keys(rows: Sequence[Mapping], handles: list[Line2D]) -> list[Line2D]:
     return handles
 
 
+def _is_closer(limits: tuple[float, float], rows: Sequence[Mapping]) -> bool:
+    """Tell whether a close-up shows what the whole does not: its axis is less than half as long."""
+    values = [value for row in rows for value in extent(row)]
+    return limits[1] - limits[0] < 0.5 * (max(values) - min(values))
+
+
+def _draw_methods(axes: Axes, rows: Sequence[Mapping], ratios: Sequence[float], *, apart: bool, floor: float) -> None:
+    """Draw every method at some ratios; apart: one beside the other, where their marks would cover each other."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    at, look = sparsity_axis(axes, ratios), looks(methods)
+    step = _side_by_side(at.values(), len(methods)) if apart else 1.0
+    for number, method in enumerate(methods):
+        mine = [row for row in rows if row["method"] == method and row["ratio"] in at]
+        x = [at[row["ratio"]] * step ** (number - (len(methods) - 1) / 2) for row in mine]
+        axes.plot(x, [middle(row) for row in mine], label=method, **look[method])
+        for where, row in zip(x, mine, strict=True):
+            _draw_row(axes, where, row, look[method], floor=floor)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left / step ** (len(methods) / 2), right * step ** (len(methods) / 2))
+
+
 def plot_study(
-    rows: Sequence[dict], path: str | Path, *, title: str, ratio: float | None = None, images: str = "test"
+    rows: Sequence[dict],
+    path: str | Path,
+    *,
+    title: str,
+    ratio: float | None = None,
+    images: str = "test",
 ) -> None:
     """Draw the accuracy of every method against the fraction removed: all of it, and the region of the title.
 
     Args:
         rows: `method`, `ratio`, `n`, `top1_mean`, `top1_std` (empty for n = 1), `top1_seeds` and `failed` (of each
-            seed; both may be missing), as from `utils.studies.report.final_rows`.
+            seed; both may be missing), `coefficients` (may be missing), as from `utils.studies.report.final_rows`.
         path: PNG to write.
         title: what the study asks.
-        ratio: that the title speaks of (default: the highest at which every method has a row, else the highest).
+        ratio: that the title speaks of (default: the highest at which every method has a row, else the highest; where
+            one of them still has half of what the best had).
         images: which images the accuracy was measured on, for the label.
+
+    Note:
+        Where the region of the title needs the same axis, as with one method, it is not drawn again.
     """
-    ratios, methods = sorted({r["ratio"] for r in rows}), list(dict.fromkeys(r["method"] for r in rows))
+    ratios = sorted({row["ratio"] for row in rows})
     ratio = _comparable(rows) if ratio is None else ratio
-    region, look = _region(ratios, ratio), looks(methods)
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    whole, close = figure.subplots(1, 2)
+    region = _region(ratios, ratio)
     limits = _close_up_limits(rows, region)
-    for axes, shown, floor in ((whole, ratios, 0.0), (close, region, limits[0])):
-        at = sparsity_axis(axes, shown)
-        step = 1.0 if axes is whole else _side_by_side(at.values(), len(methods))
-        for number, method in enumerate(methods):
-            mine = [row for row in rows if row["method"] == method and row["ratio"] in at]
-            x = [at[row["ratio"]] * step ** (number - (len(methods) - 1) / 2) for row in mine]
-            axes.plot(x, [middle(row) for row in mine], label=method, **look[method])
-            for where, row in zip(x, mine, strict=True):
-                _draw_row(axes, where, row, look[method], floor=floor)
-    left, right = close.get_xlim()
-    close.set_xlim(left / step ** (len(methods) / 2), right * step ** (len(methods) / 2))
+    closer = _is_closer(limits, rows)
+    figure = Figure(figsize=(12 if closer else 8, 5.2), layout="constrained")
+    whole, *close = figure.subplots(1, 1 + closer, squeeze=False)[0]
+    _draw_methods(whole, rows, ratios, apart=False, floor=0.0)
     whole.set(ylabel=f"{images} top-1 (%)")
-    close.set(ylabel=f"{images} top-1 (%), close-up", ylim=limits)
+    for axes in close:
+        _draw_methods(axes, rows, region, apart=True, floor=limits[0])
+        axes.set(ylabel=f"{images} top-1 (%), close-up", ylim=limits)
     legend_below(figure, _keys(rows, whole.get_legend_handles_labels()[0]))
-    counts = sorted({row["n"] for row in rows})
-    seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-    found = textwrap.fill(finding(rows, ratio=ratio), 100)
-    figure.suptitle(f"{title}\n{found}\n(line: mean over seeds, n = {seeds}; close-up: methods side by side)")
+    found = _wrapped(finding(rows, ratio=ratio), rows, width=100 if closer else 66)
+    figure.suptitle("\n".join([title, found, f"({_meaning(rows, closer=closer)})"]))
     save_figure(figure, path)
 
 
+def _wrapped(text: str, rows: Sequence[Mapping], *, width: int) -> str:
+    """Break a finding into lines, but no name of a method, nor its value and spread from it."""
+    kept = {f"{row['method']} " for row in rows} | {" ± "}
+    for name in sorted(kept, key=len, reverse=True):
+        text = text.replace(name, name.replace(" ", "\N{NO-BREAK SPACE}"))
+    return textwrap.fill(text, width).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _meaning(rows: Sequence[Mapping], *, closer: bool) -> str:
+    """Say what the lines of a study are, and over how many seeds."""
+    used = {(row["method"], row.get("coefficients", "")) for row in rows}
+    chosen = "coefficients chosen for each ratio" if len(used) > len({method for method, _ in used}) else ""
+    counts = sorted({row["n"] for row in rows})
+    seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    line = "one run each" if counts[-1] == 1 else "line: mean over seeds"
+    line += ", the median where one failed" if any_failed(rows) else ""
+    return "; ".join(filter(None, [chosen, f"{line}, n = {seeds}", "close-up: methods side by side" if closer else ""]))
+
+
 def _side_by_side(places: Iterable[float], methods: int) -> float:
-    """Return the factor on x between neighbouring methods: together a third of the smallest gap between ratios."""
+    """Return the factor on x between neighbouring methods: together 0.6 of the smallest gap between ratios."""
     logs = sorted(math.log10(place) for place in places)
     gap = min((b - a for a, b in zip(logs, logs[1:], strict=False)), default=0.3)
-    return 10 ** -(min(gap, 0.09) / 3 / methods)
+    return 10 ** -(0.6 * min(gap, 0.15) / methods)
 
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -199,6 +207,8 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 def plot_pareto(tuned: Mapping[str, Sequence[tuple[float, float]]], path: str | Path, *, title: str) -> None:
     """Draw every tuned run on the held-out images, faint, and the Pareto front of each method and of all.
 
+    A front is made of single runs: the more a method has, the further out it lies by chance, so their number is given.
+
     Args:
         tuned: method to its runs at all ratios: multiply-adds left as a fraction of the dense network's, in (0, 1],
             and top-1 in percent.
@@ -209,12 +219,14 @@ def plot_pareto(tuned: Mapping[str, Sequence[tuple[float, float]]], path: str | 
     best = front(point for points in tuned.values() for point in points)
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     panels, look = figure.subplots(1, 2), looks(fronts)
+    outline = [withStroke(linewidth=9, foreground="#444444")]  # a light band would hide a light curve
     for axes in panels:
-        axes.plot(*zip(*best, strict=True), drawstyle="steps-post", color="#cccccc", linewidth=7, label="all methods")
+        band = {"color": "white", "linewidth": 7, "path_effects": outline, "label": "all methods"}
+        axes.plot(*zip(*best, strict=True), drawstyle="steps-post", **band)
         for method, steps in fronts.items():
-            style = look[method]
+            style, count = look[method], len(tuned[method])
             axes.plot(*zip(*tuned[method], strict=True), style["marker"], color=style["color"], alpha=0.2, markersize=4)
-            axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", label=method, **style)
+            axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", label=f"{method} ({count})", **style)
         axes.set(xscale="log", xlabel="multiply-adds left, fraction of the dense network's (zeros skipped; log scale)")
         axes.invert_xaxis()
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -229,7 +241,8 @@ def plot_pareto(tuned: Mapping[str, Sequence[tuple[float, float]]], path: str | 
     panels[1].set(ylabel="the same, close-up", ylim=(low - margin, high + margin))
     panels[1].set_xlim(max(inside) * 1.15, min(inside) / 1.15)
     legend_below(figure, panels[0].get_legend_handles_labels()[0])
-    figure.suptitle(f"{title}\nPareto fronts of the tuned runs; faint: the other runs")
+    what = "Pareto fronts of single runs at single ratios (how many: in brackets), as tuned on the held-out images"
+    figure.suptitle(f"{title}\n{what}; faint: the others")
     save_figure(figure, path)
 
 

@@ -22,17 +22,17 @@ from utils.files.atomic import atomic_write, printable
 DARK, LIGHT, MIDDLE = "#1f3b73", "#e08a1e", "#5c9ead"  # dark, light and between, in greyscale too
 
 # Nine steps of lightness, 7 or more apart (CIE L*), so that a greyscale print tells them apart; the hues stay apart
-# for readers who do not see red or green; and every method has its own marker.
+# for readers who do not see red or green; every method has its own marker, and what is trained after a cut is dashed.
 METHODS = {
-    "none": ("#979797", "o"),
-    "L1": ("#ee9a32", "s"),
-    "SWS": ("#158cbb", "^"),
-    "MCP": ("#ae193e", "D"),
-    "HALO": ("#12277b", "v"),
-    "GMP": ("#044f2a", "P"),
-    "prune + fine-tune": ("#7c6d0e", "X"),
-    "L1 + fine-tune": ("#3b1200", "p"),
-    "HALO + fine-tune": ("#a3c6f8", "*"),
+    "none": ("#979797", "o", "-"),
+    "L1": ("#ee9a32", "s", "-"),
+    "SWS": ("#158cbb", "^", "-"),
+    "MCP": ("#ae193e", "D", "-"),
+    "HALO": ("#12277b", "v", "-"),
+    "GMP": ("#044f2a", "P", "-."),
+    "prune + fine-tune": ("#7c6d0e", "H", "--"),
+    "L1 + fine-tune": ("#3b1200", "p", "--"),
+    "HALO + fine-tune": ("#a3c6f8", "*", "--"),
 }
 WORDS = {"none": "none", "l1": "L1", "ws": "SWS", "sws": "SWS", "mcp": "MCP", "halo": "HALO", "gmp": "GMP"}
 SPARE_COLOURS = ("#000000", "#d4b95e", "#6d6d6d")
@@ -112,13 +112,14 @@ def looks(labels: Iterable[str]) -> dict[str, dict]:
     colours = itertools.cycle(SPARE_COLOURS)
     for label in labels:
         method = method_of(label)
-        colour, marker = METHODS[method] if method else (next(colours), "")
-        line, filled = "-", True
+        colour, marker, line = METHODS[method] if method else (next(colours), "", "-")
+        filled = True
         if method is None or method in taken:
             filled, line, marker = next(spares)
         taken.add(method)
-        face = colour if filled else "white"
-        found[label] = {"color": colour, "marker": marker, "linestyle": line, "markerfacecolor": face, "markersize": 5}
+        face, edge = (colour, "black") if filled else ("white", colour)
+        style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 6 if marker == "*" else 5}
+        found[label] = style | {"markerfacecolor": face, "markeredgecolor": edge, "markeredgewidth": 0.6}
     return found
 
 

@@ -26,6 +26,7 @@ from utils.plot_style import (
     tick_label,
 )
 
+MARKED = 30  # epochs up to which each has a mark; marks of more hide the lines
 MOST_IN_TITLE = 3  # networks that a title names; of more, those with the smallest and the largest number
 
 
@@ -44,9 +45,10 @@ def plot_curves(history: Sequence[dict], path: str | Path, *, title: str) -> Non
     figure = Figure(figsize=(7, 2.4 * count + 0.8), layout="constrained")
     panels = list(figure.subplots(count, 1, sharex=True))
     rate, accuracy, loss = panels[-1], panels[-2], panels[0]
+    size = 3 if len(epochs) <= MARKED else 0
 
     def line(axes: Axes, values: Sequence[float], label: str, style: str, colour: str) -> None:
-        axes.plot(epochs, values, style, color=colour, label=label, markersize=3)
+        axes.plot(epochs, values, style, color=colour, label=label, markersize=size)
 
     for axes, key in ((loss, "loss"), (accuracy, "top1")):
         line(axes, [row[f"train_{key}"] for row in history], "train", "o-", DARK)
@@ -54,7 +56,7 @@ def plot_curves(history: Sequence[dict], path: str | Path, *, title: str) -> Non
     loss.set(ylabel="cross-entropy (nats)", yscale=_spread_scale(row["train_loss"] for row in history))
     accuracy.set(ylabel="top-1 (%)")
     if count == 4:
-        panels[1].plot(epochs, penalties, "^-", color=MIDDLE, markersize=3)
+        panels[1].plot(epochs, penalties, "^-", color=MIDDLE, markersize=size)
         panels[1].set(ylabel="penalty after the epoch (nats)", yscale=_spread_scale(penalties))
     line(rate, [row["lr"] for row in history], "weights", "o-", DARK)
     if history[0]["reg_lr"] != "":
@@ -97,7 +99,8 @@ def plot_accuracy_vs_sparsity(report: Mapping, path: str | Path) -> None:
     legend_below(figure, axes.get_legend_handles_labels()[0])
     last = f"{results[-1]['after']['top1']:.2f}% at sparsity {results[-1]['sparsity']:.3f}"
     name = f"{report['dataset']}, {with_depth(report['arch'], report['depth'])}, {report['scheme']} pruning"
-    figure.suptitle(f"top-1 {before['top1']:.2f}% before pruning, {last}\n{name}")
+    source = f" of {portable_path(report['checkpoint'])}" if "checkpoint" in report else ""
+    figure.suptitle(f"top-1 {before['top1']:.2f}% before pruning, {last}\n{name}{source}")
     save_figure(figure, path)
 
 
@@ -107,7 +110,7 @@ def layers_title(report: Mapping) -> str:
 
 
 def plot_layers(layers: Sequence[dict], path: str | Path, *, title: str) -> None:
-    """Draw sparsity and density of every layer as stacked bars (Figure 1a).
+    """Draw sparsity and density of every layer as stacked bars (Figure 1a), with the percentage left of each.
 
     Args:
         layers: `name` and `sparsity` of each.
@@ -119,7 +122,8 @@ def plot_layers(layers: Sequence[dict], path: str | Path, *, title: str) -> None
     names = [tick_label(layer["name"].removesuffix(".weight")) for layer in layers]
     sparsity = [layer["sparsity"] for layer in layers]
     axes.barh(names, sparsity, color=DARK, label="sparsity (zeros)")
-    axes.barh(names, [1 - s for s in sparsity], left=sparsity, color=LIGHT, label="density (left)")
+    left = axes.barh(names, [1 - s for s in sparsity], left=sparsity, color=LIGHT, label="density (left, in percent)")
+    axes.bar_label(left, [f"{100 * (1 - s):.3g}%" for s in sparsity], padding=3, fontsize=8)
     axes.set(xlabel="fraction of the layer's weights", xlim=(0, 1), ylim=(len(names) - 0.4, -0.6))
     legend_below(figure, axes.get_legend_handles_labels()[0])
     figure.suptitle(title)
@@ -133,10 +137,10 @@ def plot_energy(
     pool: str,
     energies: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Draw how many channels of every layer hold how much of the eigenvalue energy (Figure 1c).
+    """Draw how many directions of every layer hold how much of the eigenvalue energy (Figure 1c).
 
-    One network: a table of layers and levels, dark where many channels are needed. Several: a panel a layer, with the
-    cumulative energy of each.
+    A layer has as many directions, the eigenvectors of the covariance, as channels. One network: a table of layers and
+    levels, dark where many directions are needed. Several: a panel a layer, with the cumulative energy of each.
 
     Args:
         networks: network to layer to `channels` and `components`, as in the JSON of compute_energy.py.
@@ -155,13 +159,13 @@ def plot_energy(
     parts = ", ".join(said.values())
     if len(said) > MOST_IN_TITLE:
         parts = f"{said[min(means, key=means.get)]} to {said[max(means, key=means.get)]}"
-    head = f"channels for 95% of the energy of the covariance, {pool} pooling,"
+    head = f"directions for 95% of the energy of the covariance, {pool} pooling,"
     figure.suptitle(f"{head}\nmean over layers: {parts}")
     save_figure(figure, path)
 
 
 def _energy_table(layers: Mapping[str, Mapping]) -> Figure:
-    """Return a figure of one network: a row a layer, a column a level, in each cell the share of channels needed."""
+    """Return a figure of one network: a row a layer, a column a level, in each cell the share of directions needed."""
     levels = list(next(iter(layers.values()))["components"])
     needed = np.array(
         [[layer["components"][level] / layer["channels"] for level in levels] for layer in layers.values()]
@@ -172,7 +176,7 @@ def _energy_table(layers: Mapping[str, Mapping]) -> Figure:
     axes.set_xticks(range(len(levels)), levels)
     names = [tick_label(f"{name} ({layer['channels']})") for name, layer in layers.items()]
     axes.set_yticks(range(len(layers)), names, fontsize=9)
-    axes.set(xlabel="of the energy, held by this share of the layer's channels (their number in brackets)")
+    axes.set(xlabel="of the energy, held by this share of the layer's directions (their number in brackets)")
     for row, layer in enumerate(layers.values()):
         for column, level in enumerate(levels):
             share, colour = needed[row, column], "white" if needed[row, column] > 0.5 else "black"
@@ -211,7 +215,7 @@ def _energy_panels(
     for panel in axes[::columns]:
         panel.set(ylabel="cumulative energy")
     for panel in axes[max(0, len(layers) - columns) : len(layers)]:
-        panel.set(xlabel="fraction of the channels, largest first")
+        panel.set(xlabel="fraction of the directions, largest first")
     label = "marks: 50, 90, 95, 99%" + (", joined by straight lines" if energies is None else "")
     marks = Line2D([], [], color="none", label=label)
     legend_below(figure, [*axes[0].get_legend_handles_labels()[0], marks])
@@ -219,6 +223,6 @@ def _energy_panels(
 
 
 def _reached(layer: Mapping) -> tuple[list[float], list[float]]:
-    """Return the share of channels at which each level of energy is reached, and the levels, of a layer not dead."""
+    """Return the share of directions at which each level of energy is reached, and the levels, of a layer not dead."""
     pairs = [(count / layer["channels"], float(level[:-1]) / 100) for level, count in layer["components"].items()]
     return [share for share, _ in pairs if share], [level for share, level in pairs if share]

@@ -9,11 +9,12 @@ from statistics import mean, median, stdev
 
 from utils.files.atomic import write_text
 from utils.logger import duration, say, write_csv
-from utils.plot_methods import failed_to_learn, plot_pareto, plot_study
+from utils.plot_methods import plot_pareto, plot_study
 from utils.studies.jobs import final_jobs, require_same_study, tuning_jobs
 from utils.studies.measurements import SAVED, read_measured, read_summary
 from utils.studies.methods import Config
 from utils.studies.study import CONTROLS, Study, choose, held_out_accuracy, on_edge, run_folder
+from utils.verdict import failed_to_learn
 
 
 def final_rows(study: Study, out: Path, *, scheme: str = "global") -> list[dict]:

@@ -16,6 +16,7 @@ from utils.distributed import is_main, wait_for_all
 from utils.files.atomic import atomic_write
 from utils.files.checkpoint import save_checkpoint
 from utils.logger import say
+from utils.plot_style import WORDS
 from utils.run import write_json
 from utils.training import loading
 from utils.training.announce import next_command
@@ -67,14 +68,15 @@ def write_outputs(run: Experiment) -> dict:
 def _name(arguments: Mapping) -> str:
     network = with_depth(arguments["arch"], arguments["depth"])
     coefficients = "".join(f", {key} {arguments[key]:g}" for key in ("xi", "psi") if arguments[key] is not None)
-    penalty = f"penalty {arguments['penalty']}{coefficients}"
+    penalty = "no penalty" if arguments["penalty"] == "none" else f"{WORDS[arguments['penalty']]}{coefficients}"
     return f"{arguments['dataset']}, {network}, {penalty}, seed {arguments['seed']}"
 
 
 def draw_curves(folder: Path, history: Sequence[dict], arguments: Mapping) -> None:
     """Draw curves.png of a run from the rows of its log.csv and its options."""
     held_out = "val" if "val_top1" in history[-1] else "test"
-    title = f"{held_out} top-1 {history[-1][f'{held_out}_top1']:.2f}% after {len(history)} epochs"
+    count = f" ({arguments['val_split']:,} images)" if held_out == "val" else ""
+    title = f"{held_out} top-1{count} {history[-1][f'{held_out}_top1']:.2f}% after {len(history)} epochs"
     plots.plot_curves(history, folder / "curves.png", title=f"{title}\n{_name(arguments)}")
 
 
