@@ -11,14 +11,18 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from forked import FIGURES, ROOT
 from PIL import Image
 
 import cifar
+from utils.halo.native import find_compiler
 from utils.run import run_script
 from utils.studies import phases
 from utils.studies.jobs import run_job
 
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
+PATIENCE = 600  # seconds after which a process hangs: beside trainings that go first, an epoch took two minutes
 DRAWN = {name: pkgutil.resolve_name(name) for name in FIGURES}
 TINY = ["-a", "resnet", "--depth", "8", "--epochs", "2", "--schedule", "1", "--train_batch", "16"]
 
@@ -51,6 +55,12 @@ def tiny(images, tmp_path):
 def train(*options: str) -> dict:
     """Run cifar.py's main in this process."""
     return cifar.main(cifar.get_parser().parse_args([str(option) for option in options]))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Begin every test with the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

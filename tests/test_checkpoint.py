@@ -1,8 +1,12 @@
 """Files that survive a full disk, and files that must not be believed."""
 
+import contextlib
+import errno
 import io
+import os
 import pickle
 import resource
+import stat
 import subprocess
 import sys
 import zipfile
@@ -33,6 +37,23 @@ def test_a_failing_writer_leaves_the_old_file(tmp_path):
         file.write(b"new")
         1 / 0  # noqa: B018
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("number", "raises"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_folder_that_cannot_be_flushed_is_no_failure_to_write(tmp_path, monkeypatch, number, raises):
+    """Some file systems flush files only; a disk that fails is named."""
+    flush, opened = os.fsync, len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    with pytest.raises(OSError, match="cannot write") if raises else contextlib.nullcontext():
+        save_checkpoint(tmp_path / "a.pth.tar", STATE)
+    assert load_checkpoint(tmp_path / "a.pth.tar")["epoch"] == 3 and len(list(tmp_path.iterdir())) == 1
+    assert not opened or len(os.listdir("/proc/self/fd")) == opened
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

@@ -7,20 +7,23 @@ import os
 import random
 import signal
 import time
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import start, train, write_images
+from conftest import PATIENCE, start, train, write_images
 from forked import Forked
 
+import cifar
 from models import build_model
-from utils.files.checkpoint import load_checkpoint, save_checkpoint
+from utils.files.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.paths import portable_path
 from utils.run import RUN_FILES, read_json
 from utils.training import loading
 from utils.training.experiment import Experiment
+from utils.training.state import KEPT_ON_RESUME, check_same_run
 
 HALO = ["--halo", "--xi", "1e-3", "--psi", "1e-3"]
 TIMES = ("seconds", "images_per_second")
@@ -94,7 +97,8 @@ def test_seconds_are_those_of_all_epochs(tiny, tmp_path):
         log = list(csv.DictReader(file))
     assert summary["device"] == "cpu" or torch.accelerator.is_available()
     assert len(log) == 2 and summary["seconds"] == pytest.approx(sum(float(row["seconds"]) for row in log))
-    assert all(float(row["images_per_second"]) >= 36 / float(row["seconds"]) for row in log)
+    # Of training alone, so a little more than that of the whole epoch, which evaluates 18 images too.
+    assert all(36 / float(row["seconds"]) <= float(row["images_per_second"]) for row in log)
 
 
 def test_the_log_has_both_learning_rates(tiny, tmp_path):
@@ -148,8 +152,8 @@ def test_what_a_run_leaves(tiny, tmp_path, figures):
     assert float(log[-1]["strength_q100"]) == pytest.approx(1e-3 / np.abs(lam).min() ** 2, rel=1e-5)
     gap = 1e-3 * (np.abs(flat) / lam**2).sum() + 1e-3 * np.abs(lam).sum()
     assert float(log[-1]["train_loss_penalized"]) - float(log[-1]["train_loss"]) == pytest.approx(gap, rel=1e-4)
-    for name, column in (("train_accs", "train_top1"), ("test_accs", "test_top1"), ("test_losses", "test_loss")):
-        assert np.load(folder / f"{name}.npy").tolist() == [float(row[column]) for row in log]
+    for split, (name, key) in product(("train", "test"), (("accs", "top1"), ("losses", "loss"))):
+        assert np.load(folder / f"{split}_{name}.npy").tolist() == [float(row[f"{split}_{key}"]) for row in log]
     written = read_json(folder / "summary.json")
     for key in ("data", "save_dir"):  # a file that is kept names no folder of this machine
         assert written["arguments"].pop(key) == portable_path(summary["arguments"].pop(key))
@@ -259,6 +263,20 @@ def test_resume_refuses_every_option_that_changes_what_is_computed(trained, fail
         assert status == 1 and f"{option[2:]} " in line and "of another run" in line
 
 
+def test_no_other_option_may_change_when_a_run_goes_on(monkeypatch):
+    free = {"epochs", "data", "save_dir", "device", "test_batch", "overwrite", "resume", "evaluate", "compile"}
+    monkeypatch.setattr("utils.training.state.check_images", lambda *_: None)
+    args = cifar.get_parser().parse_args(["--halo", "--schedule", "1"])
+    run = SimpleNamespace(args=args, data=SimpleNamespace(classes=["a"]))
+    parts = dict.fromkeys(("optimizer", "schedulers", "scaler", "history", "rng"))
+    config = vars(args) | {"num_classes": 1}
+    check_same_run(run, {"config": config, "epoch": 1, **parts}, "a")
+    for option in {*config} - {*free, "no_test", *KEPT_ON_RESUME}:
+        state = {"config": config | {option: "another"}, "epoch": 1, **parts}
+        with pytest.raises(CheckpointError, match=f"of another run: {option} another .now"):
+            check_same_run(run, state, "a")
+
+
 def test_resume_refuses_another_number_of_classes(trained, tmp_path, fails):
     checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
     more = write_images(tmp_path / "more", classes=4)
@@ -343,7 +361,7 @@ def test_a_disk_that_fills_keeps_the_last_checkpoint(tiny, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
     process = start(*tiny, *HALO, "--resume", folder / "checkpoint.pth.tar", preexec_fn=limit)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "cannot write" in errors and "Traceback" not in errors
     assert load_checkpoint(folder / "checkpoint.pth.tar")["epoch"] == 1
     assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
@@ -362,7 +380,7 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
     log = tmp_path / "run" / "log.csv"
     wait_for(lambda: log.exists() and len(rows(log.parent)) >= 1, process)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in errors, errors
     checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
     assert f"--resume {checkpoint}" in errors
@@ -389,7 +407,7 @@ def test_a_terminal_sees_a_bar_and_a_pipe_does_not(tiny, tmp_path):
     terminal, inside = pty.openpty()
     command = [*tiny, "--device", "cpu", "--epochs", "1", "--train_batch", "2"]
     process = Forked(*command, stderr=os.ttyname(inside))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     os.close(inside)
     shown = os.read(terminal, 100_000).decode()
     assert process.returncode == 0 and "epoch 1/1 |" in shown and "ETA" in shown and "loss" in shown
@@ -411,14 +429,14 @@ def test_kill_nine_at_ten_random_moments_loses_nothing(tiny, tmp_path):
         wait_for(lambda goal=goal: log.exists() and len(rows(log.parent)) >= goal, process)
         time.sleep(moments.random() * load_checkpoint(checkpoint)["history"][-1]["seconds"])
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
         assert process.returncode == -signal.SIGKILL
         seen.append(load_checkpoint(checkpoint)["epoch"])
         assert seen[-1] >= goal
         resume = ["--resume", checkpoint]
     options += ["--epochs", seen[-1] + 2]
     process = Forked(*options, *resume)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     train(*options, "--save_dir", tmp_path / "straight")
     assert_equal_runs(tmp_path / "run", tmp_path / "straight")

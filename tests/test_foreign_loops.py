@@ -590,6 +590,107 @@ def test_a_state_of_another_layout_is_continued_and_of_another_shape_refused(mak
         begin(torch.contiguous_format)[1].load_state_dict(other.state_dict())
 
 
+def test_decoupled_steps_lam_with_every_factor_that_it_was_given():
+    """Beside weights that stand still, three steps of lam are those of LambdaSGD."""
+    results = []
+    for kind in (LambdaSGD, DecoupledLambdaSGD):
+        model = network()
+        penalty, optimizer = halo(model), torch.optim.SGD(model.parameters(), lr=0.0)
+        options = {"weights": optimizer} if kind is DecoupledLambdaSGD else {}
+        lam_optimizer = kind(penalty, lr=0.05, momentum=0.9, weight_decay=0.2, **options)
+        for _ in range(3):
+            loss_of(model).backward()
+            lam_optimizer.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([*penalty.lambdas.values()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
+def test_decoupled_from_an_optimizer_that_maximizes_the_penalty_is_minimised():
+    """Where nothing but the penalty is there, the weights shrink."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, maximize=True)
+    penalty = L1(penalized_parameters(model), xi=0.1)
+    pull = DecoupledLambdaSGD(penalty, weights=optimizer, lr=0.0)
+    before = [w.detach().clone() for w in penalty.penalized.values()]
+    (0 * loss_of(model)).backward()
+    pull.step()
+    optimizer.step()
+    for w, old in zip(penalty.penalized.values(), before, strict=True):
+        torch.testing.assert_close(w.detach(), old - 0.01 * old.sign(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_decoupled_where_a_scaler_leaves_a_step_out_lam_stays_unless_fused(fused):
+    """An unfused optimizer is not called then; a fused one is, and leaves its own part out."""
+    model = network()
+    penalty, optimizer = halo(model), torch.optim.AdamW(model.parameters(), 1e-2, fused=fused)
+    lam_optimizer = DecoupledLambdaSGD(penalty, weights=optimizer, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for factor in (torch.inf, 1.0):
+        before = weights_after(penalty)
+        (factor * scaler.scale(loss_of(model))).backward()
+        lam_optimizer.step(scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        stayed = {torch.equal(now, was) for now, was in zip(weights_after(penalty), before, strict=True)}
+        assert stayed == {factor != 1 and not fused}
+
+
+def test_a_closure_that_is_called_often_takes_the_penalty_in_its_loss():
+    """LBFGS with a line search compares losses: the whole objective falls in every step."""
+    model = network()
+    penalty = L1(penalized_parameters(model), xi=0.01)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=5, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        total = loss_of(model) + penalty()
+        total.backward()
+        return total
+
+    losses = [closure().item()]
+    for _ in range(3):
+        optimizer.step(closure)
+        losses.append(closure().item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.5
+
+
+def test_gradients_zeroed_in_place_after_a_step_left_out_look_like_accumulation():
+    """As docs/own_loop.md says; with set_to_none, the default, the loop goes on."""
+    for set_to_none in (True, False):
+        model = network()
+        penalty, optimizer = halo(model), torch.optim.SGD(model.parameters(), 0.1)
+        lam_optimizer = LambdaSGD(penalty, **FACTORS)
+        for step in range(3):
+            loss_of(model).backward()
+            if step == 2 and not set_to_none:
+                with pytest.raises(ValueError, match="accumul|backward pass"):
+                    lam_optimizer.step()
+                break
+            lam_optimizer.step()
+            if step != 1:  # as a scaler does where a gradient overflows
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def test_lam_of_weights_that_are_held_begins_anew():
+    """The one line of docs/own_loop.md resets lam of the zeros alone."""
+    model = network()
+    penalty = halo(model, psi=1.0)
+    with torch.no_grad():
+        for w, lam in zip(penalty.penalized.values(), penalty.lambdas.values(), strict=True):
+            w.view(-1)[::2] = 0
+            lam.fill_(0.3)
+    for name in penalty.lambdas:
+        penalty.lambdas[name].data.masked_fill_(penalty.penalized[name] == 0, 1.0)
+    for w, lam in zip(penalty.penalized.values(), penalty.lambdas.values(), strict=True):
+        assert (lam[w == 0] == 1).all() and (lam[w != 0] == 0.3).all()
+
+
 @pytest.mark.parametrize("order", ["often", "scaled"])
 def test_decoupled_no_order_is_wrong(order):
     assert_same(decoupled_loop(order), decoupled_loop("once"), rtol=1e-5, atol=1e-6)

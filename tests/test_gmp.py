@@ -1,5 +1,6 @@
 """Gradual magnitude pruning: the paper's schedule and algorithm, exact counts, and runs that are stopped and shared."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -146,12 +147,41 @@ def test_the_smallest_lam_is_that_of_a_weight_that_is_trained():
     assert smallest_lambda(L1({"w": w}, xi=1e-5)) is None
 
 
+def test_a_state_is_a_copy_that_later_masks_leave_alone():
+    """As for going back to it: masks of then with values aside of now would be another network."""
+    torch.manual_seed(0)
+    w = torch.randn(20).requires_grad_()
+    penalty, optimizer = HALO({"w": w}, xi=1e-5, psi=1e-3), torch.optim.SGD([w], 0.1)
+    options = {"sparsity": 0.8, "begin": 0, "end": 30, "every": 10, "lambdas": penalty.lambdas}
+    zeros = GradualPruning({"w": w}, optimizer=optimizer, **options)
+    for _ in range(10):
+        zeros.advance_()
+    state = zeros.state_dict()
+    before = copy.deepcopy(state)
+    with torch.no_grad():
+        w.add_(torch.randn(20) * (w != 0))
+        penalty.lambdas["w"].mul_(0.5)
+    for _ in range(10):
+        zeros.advance_()
+    assert not torch.equal(zeros.state_dict()["aside"]["w"], before["aside"]["w"])
+    assert not torch.equal(zeros.state_dict()["lambdas"]["w"], before["lambdas"]["w"])
+    for part in ("masks", "aside", "lambdas"):
+        assert torch.equal(state[part]["w"], before[part]["w"]), part
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"sparsity": 0}, {"sparsity": 1.1}, {"begin": 5, "end": 5}, {"begin": -1}, {"every": 0}]
+    ("wrong", "words"),
+    [
+        ({"sparsity": 0}, r"sparsity must be in \(0, 1\], got 0"),
+        ({"sparsity": 1.1}, r"sparsity must be in \(0, 1\], got 1.1"),
+        ({"begin": 5, "end": 5}, "got begin 5, end 5, every 100"),
+        ({"begin": -1}, "got begin -1, end 9, every 100"),
+        ({"every": 0}, "got begin 0, end 9, every 0"),
+    ],
 )
-def test_numbers_out_of_range_are_refused(wrong):
+def test_numbers_out_of_range_are_refused(wrong, words):
     w = torch.randn(5).requires_grad_()
-    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+    with pytest.raises(ValueError, match=words):
         GradualPruning({"w": w}, optimizer=torch.optim.SGD([w], 1), **({"sparsity": 0.5, "begin": 0, "end": 9} | wrong))
 
 
@@ -247,12 +277,14 @@ def test_two_processes_hold_the_same_zeros_as_one(tmp_path):
     assert_zeros_kept(tmp_path / "fixed", file)
 
 
-def test_processes_compare_their_masks_at_every_checkpoint(tmp_path, monkeypatch):
+def test_processes_compare_lam_network_and_masks_at_every_checkpoint(tmp_path, monkeypatch):
     compared = []
-    monkeypatch.setattr(state_module, "require_equal", lambda tensors, what: compared.append((what, dict(tensors))))
-    lenet("--gmp", 0.5, "--epochs", 1, "--save_dir", tmp_path / "run")
-    masks = [tensors for what, tensors in compared if what == "the mask"]
-    assert len(masks) == 2 and set(masks[-1]) == set(masks_of(tmp_path / "run" / "final.pth.tar"))
+    monkeypatch.setattr(state_module, "require_equal", lambda tensors, what: compared.append((what, set(tensors))))
+    lenet("--gmp", 0.5, "--halo", "--epochs", 1, "--save_dir", tmp_path / "run")
+    state = load_checkpoint(tmp_path / "run" / "final.pth.tar")
+    masks = set(masks_of(tmp_path / "run" / "final.pth.tar"))
+    once = [("lam", set(state["lambdas"])), ("the network", set(state["state_dict"])), ("the mask", masks)]
+    assert compared == once * 2  # before the first epoch and after it
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,20 @@ def test_a_finished_run_that_is_extended_and_stopped_is_not_finished(
     assert status == 130 and "finished epoch (3)" in line and {path.name for path in folder.iterdir()} == left
 
 
+def test_ctrl_c_while_a_checkpoint_is_written_saves_the_epoch_whole(heeded, tiny, tmp_path, fails, monkeypatch):
+    def save(path, state):
+        if path.name == "checkpoint.pth.tar" and state["epoch"] == 1:
+            signal.raise_signal(signal.SIGINT)
+        save_checkpoint(path, state)
+
+    monkeypatch.setattr("utils.training.state.save_checkpoint", save)
+    status, line = fails(*tiny)
+    folder = tmp_path / "run"
+    assert status == 130 and "finished epoch (1)" in line
+    assert load_checkpoint(folder / "checkpoint.pth.tar")["epoch"] == 1 and (folder / "model_best.pth.tar").exists()
+    assert len((folder / "log.csv").read_text().splitlines()) == 2
+
+
 def test_a_loss_that_is_nan_on_the_held_out_images_alone_is_one_line(tiny, tmp_path, fails, monkeypatch):
     monkeypatch.setattr("utils.training.row.evaluate", lambda *_, **__: {"loss": float("nan"), "top1": 9, "top5": 50})
     status, line = fails(*tiny)
@@ -396,8 +410,8 @@ def test_a_changed_number_in_a_json_of_ours_is_noticed(tmp_path, fails_in):
 
 def test_a_json_of_many_keys_is_read_in_no_time(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(dict.fromkeys(map(str, range(50_000)))))
-    start = time.monotonic()
-    assert len(read_json(tmp_path / "x.json")) == 50_000 and time.monotonic() - start < 5
+    start = time.process_time()
+    assert len(read_json(tmp_path / "x.json")) == 50_000 and time.process_time() - start < 5
 
 
 def test_a_log_that_is_not_of_its_run_is_noticed(finished, tmp_path, fails_in):

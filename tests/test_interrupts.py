@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import Future
 from functools import partial
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
-from utils.interrupts import deaf_children
+from utils.interrupts import deaf_children, interrupt_later
 from utils.studies import executors
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -35,12 +36,37 @@ def started(script, folder, *, ignored=()):
     return process
 
 
+@pytest.mark.usefixtures("heeded")
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_a_signal_in_a_save_waits_for_its_end(times):
+    done, before = [], signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt) if times else contextlib.nullcontext(), interrupt_later():
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        done.append("saved")
+    assert done == ["saved"] and signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_in_another_thread_no_signal_is_held_back():
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def save():
+        with interrupt_later():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
 @pytest.mark.parametrize("number", STATUS)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_signal_while_torch_is_loaded_is_one_line(script, number, tmp_path):
     process = started(script, tmp_path)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == STATUS[number]
     assert errors.decode().split("\n") == ["", f"{script.split('/')[-1]}: interrupted", ""]
 

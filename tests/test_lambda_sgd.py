@@ -1,11 +1,12 @@
 """The fast step of HALO: in each of its forms it is `add_grad_()` and SGD, and allocates nothing of their size."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import train
+from conftest import needs_compiler, train
 from test_penalties import random_params, randomize
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,6 +148,7 @@ def test_one_step_equals_the_readable_one(form):
     assert any((lam < 0).any() for lam in pair[0]) and pair[0][2][0, 0] == 1  # the weight 0 has no slope
 
 
+@needs_compiler
 @pytest.mark.usefixtures("threads")
 def test_by_hand():
     w = nn.Parameter(torch.tensor([0.5, -2.0]))
@@ -186,6 +188,40 @@ def test_the_weights_can_be_stepped_in_the_same_pass():
         assert not fused or optimizer._kernel
     for slow, fast in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_one_pass", [False, True])
+def test_a_momentum_that_is_set_later_begins_with_nothing(form, in_one_pass):
+    """As torch's SGD, which keeps no gradient while the factor is 0, and leaves what it had as it was."""
+    results = []
+    for fused in (False, True):
+        params = random_params(torch.float32)
+        weights = torch.optim.SGD(params.values(), 0.1, momentum=0.0)
+        options = form | ({"weights": weights} if in_one_pass else {}) if fused else {}
+        optimizer = (FusedHALO if fused else LambdaSGD)(halo(params), **FACTORS | {"momentum": 0.0}, **options)
+        for step, momentum in enumerate((0.0, 0.0, 0.9, 0.9, 0.0, 0.9)):
+            for one in (weights, optimizer):
+                one.param_groups[0]["momentum"] = momentum
+            for p in params.values():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).contiguous()
+            optimizer.step()
+            weights.step()
+        results.append([*params.values(), *optimizer.penalty.lambdas.values()])
+    for slow, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_only_the_gradient_of_half_precision_weights_is_rounded(dtype, compiled):
+    pair = []
+    for make in (LambdaSGD, partial(FusedHALO, compiled=compiled)):
+        params = random_params(dtype)
+        for p in params.values():
+            p.grad = torch.ones_like(p)
+        make(halo(params), **FACTORS).step()
+        pair.append([p.grad for p in params.values()])
+    assert all(torch.equal(slow, fast) for slow, fast in zip(*pair, strict=True))
 
 
 @pytest.mark.parametrize("options", [{"nesterov": True}, {"dampening": 0.5}, {"maximize": True}])
@@ -282,19 +318,21 @@ def test_200_steps_agree_within_the_stated_bound(in_one_pass):
 @pytest.mark.parametrize("first, second", [(LambdaSGD, FusedHALO), (FusedHALO, LambdaSGD)])
 def test_each_continues_the_state_of_the_other(first, second):
     results = []
-    for then in (first, second):
+    for then in (None, first, second):  # None: goes on without a state
         params = random_params(torch.float32)
         penalty = halo(params, coefficients={"xi": 0.01, "psi": 0.01})
         optimizer = first(penalty, **FACTORS)
         for _ in range(3):
             optimizer.step()
-        state = copy.deepcopy(optimizer.state_dict())
-        optimizer = then(penalty, **FACTORS)
-        optimizer.load_state_dict(state)
+        if then:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = then(penalty, **FACTORS)
+            optimizer.load_state_dict(state)
         optimizer.step()
         results.append(penalty.lambdas)
     for name, lam in results[0].items():
-        torch.testing.assert_close(results[1][name], lam, rtol=1e-5, atol=1e-7)
+        for continued in results[1:]:
+            torch.testing.assert_close(continued[name], lam, rtol=1e-5, atol=1e-7)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -351,6 +389,7 @@ def test_other_types_go_without_the_kernel():
         torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
 
 
+@needs_compiler
 def test_a_network_that_was_moved_afterwards_is_refused():
     model = nn.Conv2d(3, 4, 3)
     optimizer = FusedHALO(HALO(penalized_parameters(model), xi=0.1, psi=0.1), **FACTORS)

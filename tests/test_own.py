@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import start, train, write_images
+from conftest import PATIENCE, start, train, write_images
 from PIL import Image
 from torch import nn
 
@@ -147,7 +147,7 @@ def test_a_network_of_the_current_directory_runs_only_where_it_is_named(here, im
 
     def check(*more):
         process = start("--checkpoint", "run/final.pth.tar", "--no_data", *more, script="check_params.py", cwd=here)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=PATIENCE)
         return process.returncode, output, errors
 
     status, _, errors = check()

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import train
+from conftest import PATIENCE, train
 from forked import Forked
 from test_distributed import environment, free_port
 
@@ -107,7 +107,7 @@ def test_processes_may_skip_other_blocks(options, tmp_path):
     port = free_port()
     options += ["-a", "odd_nets:Skips", "--epochs", 2, "--device", "cpu", "--save_dir", tmp_path / "run"]
     jobs = [Forked(*options, env=environment(rank, 2, port)) for rank in range(2)]
-    outputs = [job.communicate(timeout=120) for job in jobs]
+    outputs = [job.communicate(timeout=PATIENCE) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], outputs
     assert load_checkpoint(tmp_path / "run" / "final.pth.tar")["epoch"] == 2
 
@@ -191,7 +191,7 @@ def test_in_one_of_several_processes_it_is_said_too(options, tmp_path):
     options += ["-a", "odd_nets:normalised", "--epochs", 1, "--device", "cpu", "--save_dir", tmp_path / "run"]
     port = free_port()
     jobs = [Forked(*options, "--train_batch", 33, env=environment(rank, 2, port)) for rank in range(2)]
-    outputs = [job.communicate(timeout=120) for job in jobs]
+    outputs = [job.communicate(timeout=PATIENCE) for job in jobs]
     assert all(job.returncode for job in jobs)
     assert "one of the 36 training images to a process" in outputs[1][1] and "Traceback" not in outputs[1][1]
 

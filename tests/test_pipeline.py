@@ -11,7 +11,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, start
+from conftest import PATIENCE, TINY, start
 from forked import Forked
 from torch import nn
 
@@ -42,7 +42,7 @@ def command_line(script, *options, cwd=None, anew=False):
     """Run a script as a process of its own, one that has imported nothing if `anew`; return what it prints."""
     begin = start if anew else partial(Forked, figures=True)
     process = begin(*options, script=script, cwd=cwd)
-    output, errors = process.communicate(timeout=600)  # beside trainings that go first, an epoch took two minutes
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return output
 
@@ -317,6 +317,17 @@ def test_a_sparsity_that_is_there_already_is_noted(network, tmp_path, capsys):
     assert [result["sparsity"] for result in report["results"]] == pytest.approx([0.9, 0.9, 0.95], abs=1e-4)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "more zeros already" in line]
     assert line.startswith("note: pruned 0.5:")
+
+
+def test_a_sparsity_that_is_there_exactly_is_not_noted(network, tmp_path, capsys):
+    """Also where the whole number of zeros is a little more than asked, as round(n * 0.955) of this network is."""
+    options, model = network
+    prune = ["--of", "all", "--percent", 0.955, "--save_dir"]
+    report = call(cifar_prune_iterative, *options, *prune, tmp_path / "a", "--resume", model)
+    assert report["results"][0]["sparsity"] > 0.955
+    again = [tmp_path / "b", "--resume", tmp_path / "a" / "pruned_0.955.pth.tar"]
+    report = call(cifar_prune_iterative, *options, *prune, *again)
+    assert report["results"][0]["removed"] == 0 and "more zeros" not in capsys.readouterr().err
 
 
 def test_outputs_that_could_not_be_replaced_are_as_they_were(network, tmp_path, monkeypatch):

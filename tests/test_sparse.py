@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import needs_compiler
 from torch import nn
 
 from models import ARCHS, build_model
@@ -394,6 +395,23 @@ def test_images_of_which_a_block_is_too_large_run_one_by_one(monkeypatch):
         fast(images(1, 4, 60, 60))
 
 
+class WithMask(nn.Module):
+    """A network with a second input, which need not be given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, mask=None):
+        return self.layer(x) if mask is None else self.layer(x) * mask
+
+
+def test_a_network_with_a_second_input_is_refused_by_its_name():
+    with pytest.raises(ValueError, match="the network reads a second input 'mask': only one is supported"):
+        SparseNetwork(WithMask().eval())
+
+
+@needs_compiler
 def test_repr_counts_the_weights():
     model = pruned(build_model("lenet_300_100", 10), 0.9)
     assert repr(SparseNetwork(model)) == "SparseNetwork(3 layers, 26620 of 266200 weights, compiled=True)"

@@ -12,7 +12,7 @@ import sys
 import termios
 
 import pytest
-from conftest import ROOT, train
+from conftest import PATIENCE, ROOT, train
 from forked import Forked
 
 from models import build_model
@@ -25,10 +25,20 @@ def set_columns(terminal, columns):
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 
 
+def last_words(terminal, text):
+    """Read what is there already behind a text; return what follows the last whole update."""
+    while select.select([terminal], [], [], 0)[0]:
+        try:
+            text = (text + os.read(terminal, 10_000).decode()).rpartition("\r")[2]
+        except OSError:  # the other side is closed
+            break
+    return text
+
+
 def watch(*options, widths):
     """Train in a pseudo-terminal whose width changes while the bar is drawn; return what appeared at each width.
 
-    The width changes before an update is read, so an update belongs to its width or to the one before it.
+    Updates that were written before the width changed are left out, but for one that was being written then.
     """
     terminal, inside = pty.openpty()
     set_columns(terminal, widths[0])
@@ -48,7 +58,9 @@ def watch(*options, widths):
             if len(seen[widths[position]]) == 3 and position + 1 < len(widths):
                 position += 1
                 set_columns(terminal, widths[position])
-    output, _ = process.communicate(timeout=60)
+                text = last_words(terminal, text)
+                break
+    output, _ = process.communicate(timeout=PATIENCE)
     os.close(terminal)
     assert process.returncode == 0
     return seen, output
@@ -136,7 +148,7 @@ def test_a_run_says_what_it_is_and_what_comes_next(tiny, tmp_path, images, capsy
     assert said[1] == str(tmp_path / "run")
     script, *arguments = shlex.split(said[2])
     process = Forked(*arguments, script=script)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     names = "pruned_0.9.pth.tar, pruned_0.95.pth.tar, pruned_0.98.pth.tar, prune.json"
     assert output.splitlines()[-1].startswith(f"wrote in {tmp_path / 'run' / 'pruned'}: {names}")

@@ -127,6 +127,19 @@ def test_what_the_last_step_has_spoiled_is_named(name, wrong):
         LossWatch(penalty, every=1).end(model)
 
 
+@pytest.mark.parametrize("wrong", [50, 51, 87, 100, 113])
+def test_the_batch_is_named_where_one_looks_now_and_then(wrong):
+    """As on an accelerator, where each look makes the host wait; the last look is at the end of the epoch."""
+    model, _ = toy()
+    watch, seen = LossWatch(L1(penalized_parameters(model), xi=1e-4), every=50), 0
+    with pytest.raises(NonFiniteLossError, match=f"batch {wrong}: the cross-entropy is nan"):
+        for batch in range(1, 121):
+            watch.see(torch.tensor(torch.nan if batch == wrong else 1.0))
+            seen = batch
+        watch.end(model)
+    assert seen == (120 if wrong > 100 else -(-wrong // 50) * 50 - 1)
+
+
 def rates(schedule, *, released):
     """Return the learning rates of weights and lam over epochs 1..160, without repetitions."""
     result = []
@@ -143,11 +156,12 @@ def rates(schedule, *, released):
     return result
 
 
-def test_every_option_reaches_the_optimizer_it_is_of():
+@pytest.mark.parametrize("name", ["halo", "ws"])
+def test_every_option_reaches_the_optimizer_it_is_of(name):
     model, _ = toy()
-    penalty = HALO(penalized_parameters(model), xi=0.01, psi=0.01)
+    penalty = make_penalty(name, penalized_parameters(model), xi=0.01, psi=0.01)
     of_weights = ["--lr", "0.3", "--momentum", "0.7", "--wd", "0.02", "--gamma", "0.5", "--schedule", "1", "2"]
-    options = ["--halo", *of_weights, "--reg_lr", "0.2", "--reg_wd", "0.003", "--released_lr"]
+    options = [f"--{name}", *of_weights, "--reg_lr", "0.2", "--reg_wd", "0.003", "--released_lr"]
     optimizers, schedulers = make_optimizers(model, penalty, cifar.get_parser().parse_args(options))
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in groups] == [(0.3, 0.7, 0.02), (0.2, 0.7, 0.003)]

@@ -117,8 +117,9 @@ class GradualPruning(FixedZeros):
         return {name: part.reshape(w.shape) for (name, w), part in zip(self.weights.items(), parts, strict=True)}
 
     def state_dict(self) -> dict:
-        """Return all that a checkpoint needs to go on: tensors and plain types."""
-        state = {"steps": self.steps, "aside": self._aside, "lambdas": self._lambdas_before}
+        """Return all that a checkpoint needs to go on: copies of tensors, which later steps leave, and plain types."""
+        aside, lambdas = ({k: t.clone() for k, t in part.items()} for part in (self._aside, self._lambdas_before))
+        state = {"steps": self.steps, "aside": aside, "lambdas": lambdas}
         return super().state_dict() | state | {"schedule": self._schedule()}
 
     def _schedule(self) -> list[float]:

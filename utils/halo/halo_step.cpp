@@ -11,10 +11,12 @@ struct Sgd {
 
 static inline float sign(float x) { return float(x > 0) - float(x < 0); }
 
-// Change one element and its momentum, given the gradient.
+// Change one element and, unless the factor of momentum is 0, its momentum, given the gradient.
 static inline void descend(float& x, float& velocity, float gradient, Sgd sgd) {
-    velocity = sgd.momentum * velocity + std::fmaf(sgd.weight_decay, x, gradient);
-    x = std::fmaf(-sgd.lr, velocity, x);
+    const float before = sgd.momentum == 0.0f ? 0.0f : velocity;
+    const float step = sgd.momentum * before + std::fmaf(sgd.weight_decay, x, gradient);
+    velocity = sgd.momentum == 0.0f ? velocity : step;
+    x = std::fmaf(-sgd.lr, step, x);
 }
 
 // Tensor k has sizes[k] elements at w[k], grad[k], lam[k], velocity[k], all in one order, and, unless w_velocity is

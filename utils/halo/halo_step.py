@@ -45,6 +45,8 @@ class HaloStep:
         # Compiled, there are no intermediate results.
         parts = [zip(*sets, strict=True)] if self.compiled else pieces_together(sets, size=self.size)
         for w, grad, lam, velocity in parts:
+            if momentum == 0:  # what is kept stays as it is, as in torch, for a momentum that is set later
+                velocity = [torch.zeros_like(v) for v in velocity]
             try:
                 self._step_(w, grad, lam, velocity, xi=xi, psi=psi, momentum=momentum, weight_decay=weight_decay)
             except RuntimeError as error:
@@ -83,8 +85,7 @@ def halo_step_(
     torch._foreach_clamp_min_(inverse, -1 / LAMBDA_FLOOR)
     strength = torch._foreach_mul(inverse, inverse)
     torch._foreach_mul_(strength, xi)
-    pull = torch._foreach_sign(w)
-    torch._foreach_mul_(pull, strength)
+    pull = torch._foreach_mul(strength, torch._foreach_sign(w))  # in the type of lam: only the gradient is rounded
     torch._foreach_add_(grad, pull)
     slope = strength  # becomes xi |w| / lam^3
     torch._foreach_mul_(slope, inverse)

@@ -189,7 +189,8 @@ def _prune_once(args: argparse.Namespace, model: nn.Module, percent: float, *, l
     generator = torch.Generator().manual_seed(args.seed)
     fraction = fraction_to_reach(weights, percent) if args.of == "all" else percent
     layers: list[LayerSparsity] = SCHEMES[args.scheme](weights, fraction, generator=generator)
-    if args.of == "all" and overall_sparsity(layers) > percent and not fraction:
+    total = sum(w.numel() for w in before.values())
+    if args.of == "all" and total - nonzero > round(total * percent):
         warn(f"pruned {percent:g}: {args.resume} has more zeros already, so that none is added")
     empty = [layer.name for layer in layers if layer.remaining == 0]
     for name in empty:
