@@ -25,7 +25,7 @@ from pathlib import Path
 
 from utils import options
 from utils.command_line import option
-from utils.files.lock import Lock, folder_lock
+from utils.files.lock import Lock
 from utils.logger import duration, say
 from utils.paths import REPOSITORY, portable_path
 from utils.run import made_folder, run_script
@@ -33,7 +33,7 @@ from utils.studies.checks import check_numbers
 from utils.studies.cluster import cluster_workers
 from utils.studies.executors import Workers, local_workers, processes_here
 from utils.studies.phases import dry_run, run_shard, run_study
-from utils.studies.report import has_runs, write_report
+from utils.studies.report import tables
 from utils.studies.shards import Shard, parse_shard, study_lock
 from utils.studies.study import load_study
 
@@ -123,20 +123,15 @@ def main(args: argparse.Namespace) -> dict:
     if args.scheduler:  # whose workers start in folders of their own
         out, args.data = out.absolute(), os.path.abspath(args.data)
     start = time.perf_counter()
-    with made_folder(out), study_lock(out, shard) as lock:
-        stack = contextlib.ExitStack()
-        workers = stack.enter_context(workers_of(args, lock))
+    with made_folder(out), study_lock(out, shard) as lock, tables(study, out, command=full_command(args)) as rows:
         try:
-            with stack:  # so that nothing is still written when the tables are
+            with workers_of(args, lock) as workers:  # so that nothing is still written when the tables are
                 if shard:
                     run_shard(study, out, args.data, workers, shard=shard)
                 else:
                     run_study(study, out, args.data, workers)
         except KeyboardInterrupt as error:
             raise type(error)(f"stopped; the same command goes on, {out} holds what is done") from error
-        finally:
-            with folder_lock(out, name=".report.lock", on_wait=say):  # so that the last part's is the last table
-                rows = write_report(study, out, command=full_command(args)) if has_runs(out) else {}
     say(f"all of it took {duration(time.perf_counter() - start)}")
     return rows
 

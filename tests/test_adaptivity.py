@@ -21,6 +21,7 @@ from utils.studies.adaptivity import (
     describe_lambdas,
     load_run,
     measure_control,
+    train_control,
 )
 from utils.studies.measurements import read_accuracies
 from utils.training.epoch import NonFiniteLossError
@@ -114,6 +115,15 @@ def test_the_last_median_is_the_strength_of_an_l1(runs, done):
     run = load_run(runs[0])
     lam = torch.cat([lam.flatten() for lam in run.state["lambdas"].values()])
     assert config["xi"] == pytest.approx(1e-4 / lam.median().item() ** 2, rel=1e-3)
+
+
+def test_a_run_of_another_device_is_examined_on_what_is_here(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "run")
+    state = load_checkpoint(tmp_path / "run" / "final.pth.tar")
+    state["config"]["device"] = "cuda:7"
+    save_checkpoint(tmp_path / "run" / "final.pth.tar", state)
+    args = train_control(load_run(tmp_path / "run"), "halo", tmp_path / "out", data="data", epochs=1)
+    assert args.device == "auto"
 
 
 def test_again_trains_nothing(runs, done):

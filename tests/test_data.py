@@ -1,6 +1,8 @@
 """Loading, augmentation against torchvision, and what is wrong with a folder."""
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +218,46 @@ def test_a_failed_download_says_how_to_place_the_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no route to host"):
         load_dataset("cifar100", tmp_path / "kept")
     assert (tmp_path / "kept").exists()
+
+
+def fake_mnist(downloads, *, fails=()):
+    """Return what stands for torchvision's MNIST: it takes what is there for whole, and writes where it reads."""
+
+    class MNIST:
+        def __init__(self, root, train, download):
+            file = Path(root, "MNIST", "raw", "images")
+            if not file.exists():
+                if not download:
+                    raise RuntimeError("Dataset not found")
+                file.parent.mkdir(parents=True)
+                file.write_bytes(b"half")
+                downloads.append(root)
+                time.sleep(0.05)
+                if len(downloads) in fails:
+                    raise KeyboardInterrupt
+                file.write_bytes(b"whole")
+            assert file.read_bytes() == b"whole"
+            self.data, self.targets = torch.zeros(2, 28, 28, dtype=torch.uint8), torch.tensor([0, 9])
+
+    return MNIST
+
+
+def test_of_several_processes_one_downloads(tmp_path, monkeypatch):
+    downloads = []
+    monkeypatch.setattr("torchvision.datasets.MNIST", fake_mnist(downloads))
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(load_dataset, "mnist", tmp_path / "new", shape=(1, 28, 28)) for _ in range(4)]
+        assert all(len(job.result().train.labels) == 2 for job in jobs)
+    assert len(downloads) == 1 and [path.name for path in (tmp_path / "new").iterdir()] == ["MNIST"]
+
+
+def test_a_download_that_was_cut_short_is_not_taken_for_images(tmp_path, monkeypatch):
+    downloads = []
+    monkeypatch.setattr("torchvision.datasets.MNIST", fake_mnist(downloads, fails=[1]))
+    with pytest.raises(KeyboardInterrupt):
+        load_dataset("mnist", tmp_path, shape=(1, 28, 28))
+    assert not list(tmp_path.iterdir())
+    assert len(load_dataset("mnist", tmp_path, shape=(1, 28, 28)).train.labels) == 2 and len(downloads) == 2
 
 
 @pytest.mark.parametrize("name, own", [("mnist", "MNIST"), ("cifar10", "cifar10")])

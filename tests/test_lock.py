@@ -87,9 +87,12 @@ def test_a_holder_that_ended_and_whose_status_nobody_asked_for_does_not_count(tm
     ended.wait()
 
 
-@pytest.mark.parametrize(("error", "held"), [(PermissionError, True), (ProcessLookupError, False)])
-def test_a_holder_that_proc_hides_counts_while_there_is_such_a_process(tmp_path, monkeypatch, error, held):
-    """As of another user, where /proc is mounted with hidepid."""
+@pytest.mark.parametrize(
+    ("error", "age", "held"),
+    [(PermissionError, 0, True), (PermissionError, lock.STALE + 1, False), (ProcessLookupError, 0, False)],
+)
+def test_a_holder_that_proc_hides_counts_while_it_shows_life(tmp_path, monkeypatch, error, age, held):
+    """As of another user, where /proc is mounted with hidepid; after a loss of power another may have its number."""
     read_text = lock.Path.read_text
 
     def hide(path):
@@ -103,6 +106,7 @@ def test_a_holder_that_proc_hides_counts_while_there_is_such_a_process(tmp_path,
     monkeypatch.setattr(lock.Path, "read_text", hide)
     monkeypatch.setattr(lock.os, "kill", kill)
     write_lock(tmp_path, process=1, started="1")
+    os.utime(tmp_path / ".lock", (time.time() - age,) * 2)
     assert (lock.holder_of(tmp_path / ".lock") is not None) == held
 
 

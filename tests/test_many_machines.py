@@ -429,6 +429,6 @@ def test_a_failed_job_is_said_to_have_failed(tmp_path, capsys):
     (jobs[0].folder / "failed.json").write_text('{"reason": "its worker died"}')
     for seconds in (None, 0.1):  # of a whole run
         progress.untrained[jobs[0]] = 1.0
-        progress.add(jobs[0], seconds, 1)
+        progress.add(jobs[0], seconds)
         assert "failed (its worker died)" in (said := capsys.readouterr().out) and "unknown time" in said
     assert not list((tmp_path / "out").glob("seconds*"))

@@ -189,6 +189,32 @@ def test_a_method_that_failed_is_not_level(others, words):
     assert finding([*rows, row("L1", 0.9, [97, 97, 10], [False, False, True])], ratio=0.9).endswith(words)
 
 
+def test_what_is_drawn_above_the_winner_is_named_with_it():
+    """The figure draws the median of a method of which a run failed."""
+    rows = [row("A", 0.9, [98, 98.1, 98, 98.1, 10], [False] * 4 + [True]), row("B", 0.9, [85.0, 85.2])]
+    words = "at 0.9 removed of those that always learned B keeps most, 85.10 ± 0.14%; A failed to learn in 1 of 5"
+    assert finding(rows, ratio=0.9) == f"{words} (median 98.00%)"
+
+
+def test_what_was_lost_in_a_cut_during_training_is_not_said_to_have_never_learned():
+    rows = [row("A", 0.9, [98, 98.1]), row("F", 0.9, [97, 20], [False, True]) | {"dense_mean": ""}]
+    assert finding(rows, ratio=0.9).endswith("; F failed to learn, or lost it in the cut, in 1 of 2")
+    assert finding(rows[1:], ratio=0.9).endswith("lost it in the cut, in 1 of 2 (median 58.50%)")
+
+
+def test_one_method_of_one_run_leaves_the_others_compared():
+    rows = [row("A", 0.9, [98, 98.1]), row("B", 0.9, [85, 85.1]), row("C", 0.9, [60])]
+    assert finding(rows, ratio=0.9) == (
+        "at 0.9 removed A keeps most, 98.05 ± 0.07%; behind: B 85.05 ± 0.07%; one run: C 60.00%"
+    )
+
+
+def test_lines_go_from_ratio_to_ratio_whatever_their_order(figure):
+    rows = [row("a", ratio, [98, 98.1]) for ratio in (0.98, 0.5, 0.9)]
+    line = figure(plot_study, rows, title="t").axes[0].lines[0]
+    assert line.get_xdata() == pytest.approx([0.5, 0.1, 0.02])
+
+
 def test_a_failed_run_is_left_to_the_median():
     assert failed_to_learn(11.35, 98.9) and not failed_to_learn(72.0, 85.0)
     broken = row("MCP", 0.9, [98.5, 11.35, 98.9], [False, True, False])

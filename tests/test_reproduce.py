@@ -1,6 +1,7 @@
 """A study on a small grid of digits: tuned on held-out images, measured once, continued wherever it was stopped."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 from conftest import ROOT
 
 import reproduce
+from utils.files.lock import folder_lock
 from utils.logger import duration
 from utils.paths import portable_path
 from utils.run import cores, read_json, write_json
@@ -22,8 +24,17 @@ from utils.studies import executors
 from utils.studies.jobs import jobs_before, require_same_study, tuning_jobs
 from utils.studies.measurements import read_accuracies, read_seconds
 from utils.studies.progress import Progress, committed_seconds, to_come
-from utils.studies.report import final_rows, held_out_points, tried, write_report
-from utils.studies.study import choose, held_out_accuracy, load_study, on_edge, run_folder
+from utils.studies.report import held_out_points, tried, write_report
+from utils.studies.rows import final_rows
+from utils.studies.study import (
+    CONTROLS,
+    choose,
+    held_out_accuracy,
+    load_study,
+    on_edge,
+    run_folder,
+    training_arguments,
+)
 
 STUDY = {
     "title": "Digits: a small study",
@@ -74,8 +85,9 @@ def test_every_configuration_is_tuned_and_a_diverged_one_is_recorded(done):
     for config in study.configs:
         folder = out / config.method / config.name / "seed1"
         if config.name == "xi1e+30":
-            assert "penalty did it" in json.loads((folder / "failed.json").read_text())["reason"]
-            continue
+            reason = json.loads((folder / "failed.json").read_text())["reason"]
+            assert "penalty did it" in reason and reason.endswith("The run ended after epoch 0")
+            continue  # without options that a study does not have, or the folder of its machine
         report = json.loads((folder / "val" / "prune.json").read_text())
         assert report["images"] == "val" and [r["asked"] for r in report["results"]] == [0.5, 0.95]
         assert "test_of_best" not in json.loads((folder / "run" / "summary.json").read_text())
@@ -226,8 +238,8 @@ def test_the_seconds_of_a_run_that_went_on_are_those_of_a_whole_one(tmp_path):
     half_done(ended)
     (ended.folder / "run" / "log.csv").write_text("epoch\n1\n2\n")
     progress = Progress([half, ended, whole], out, processes=1)
-    for number, (job, seconds) in enumerate(((half, 50.0), (ended, 3.0), (whole, 80.0)), start=1):
-        progress.add(job, seconds, number)
+    for job, seconds in ((half, 50.0), (ended, 3.0), (whole, 80.0)):
+        progress.add(job, seconds)
     assert read_seconds(out / "seconds.json") == {str(half): 100.0, str(whole): 80.0}
 
 
@@ -240,7 +252,7 @@ def test_the_estimate_counts_the_part_of_a_run_before_a_cut(tmp_path):
     half_done(first)
     progress = Progress([first], out, processes=1, guess=600.0)
     assert progress.estimate().startswith("about 5 min")
-    progress.add(first, 100.0, 1)
+    progress.add(first, 100.0)
     assert read_seconds(out / "seconds.json") == {str(first): pytest.approx(200.0)}
 
 
@@ -402,6 +414,42 @@ def test_options_that_an_older_version_did_not_record_had_their_defaults(done, t
             require_same_study(tuning_jobs(other, tmp_path / "out", "."))
 
 
+def test_controls_that_a_study_no_longer_asks_for_are_in_no_table(done, tmp_path):
+    path, out = done
+    shutil.copytree(out, tmp_path / "out")
+    study = dataclasses.replace(load_study(path), controls=())
+    rows = write_report(study, tmp_path / "out", command="c")
+    assert rows["global"] and not any(rows[scheme] for scheme in CONTROLS)
+    assert "Control:" in (out / "table.md").read_text() and "Control:" not in (tmp_path / "out/table.md").read_text()
+
+
+def test_what_is_chosen_is_what_was_trained_to_the_last_digit(tmp_path):
+    grid = {"L1": {"penalty": "l1", "grid": {"xi": [10**-4.5]}}}
+    study = load_study(write_study(tmp_path, methods=grid, controls=[]))
+    (job,) = tuning_jobs(study, tmp_path / "out", "data")
+    args = training_arguments(study, job.config, seed=1, folder=job.folder, data="data")
+    assert args.xi == dict(job.config.coefficients)["xi"] == 10**-4.5
+
+
+@pytest.mark.usefixtures("heeded")
+def test_a_report_that_fails_does_not_hide_why_the_study_ended(tmp_path, monkeypatch, fails_in, capsys):
+    def interrupted(*_, **__):
+        (tmp_path / "out/L1/x/seed1").mkdir(parents=True)
+        (tmp_path / "out/L1/x/seed1/failed.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    def broken(*_, **__):
+        raise ValueError("a measurement is damaged")
+
+    monkeypatch.setattr(reproduce, "run_study", interrupted)
+    monkeypatch.setattr("utils.studies.report.write_report", broken)
+    status, line = fails_in(reproduce, write_study(tmp_path), "--out", tmp_path / "out", "--jobs", 1)
+    assert status == 130 and "the same command goes on" in line
+    monkeypatch.setattr(reproduce, "run_study", lambda *_, **__: None)
+    status, line = fails_in(reproduce, write_study(tmp_path), "--out", tmp_path / "out", "--jobs", 1)
+    assert status == 1 and "a measurement is damaged" in line
+
+
 def test_what_was_measured_and_has_lost_its_options_is_refused(done, tmp_path):
     path, out = done
     shutil.copytree(out, tmp_path / "out")
@@ -410,6 +458,10 @@ def test_what_was_measured_and_has_lost_its_options_is_refused(done, tmp_path):
     jobs = tuning_jobs(load_study(path), tmp_path / "out", ".")
     with pytest.raises(ValueError, match="has lost its run/summary.json"):
         require_same_study(jobs)
+    (tmp_path / "out/none/plain/seed1/run").mkdir()
+    with folder_lock(tmp_path / "out/none/plain/seed1/run"):  # of a run that is trained again, and just begins
+        require_same_study(jobs)
+    (tmp_path / "out/none/plain/seed1/run").rmdir()
     (tmp_path / "out/none/plain/seed1/val").rename(tmp_path / "out/none/plain/seed1/cut")
     require_same_study(jobs)  # stopped between its cut and its training
     (tmp_path / "out/none/plain/seed1/cut").rename(tmp_path / "out/none/plain/seed1/val")

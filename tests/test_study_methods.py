@@ -68,6 +68,30 @@ def test_as_many_runs_are_trained_as_was_said(done):
     assert run(path, "--out", out, "--dry_run") == {"tuning": 0, "final": 0}
 
 
+def test_the_networks_before_a_cut_may_be_deleted_at_the_end(done, tmp_path):
+    """As results/studies/README.md says; the table lacks their seconds then, and nothing else."""
+    path, out, _ = done
+    shutil.copytree(out, tmp_path / "out")
+    for folder in [*(tmp_path / "out").glob("HALO+finetune/*_share*")]:
+        if not list(folder.glob("*/val")):
+            shutil.rmtree(folder)
+    study, folders = load_study(path), (out, tmp_path / "out")
+    before, after = (write_report(study, folder, command="c")["global"] for folder in folders)
+    for was, now in zip(before, after, strict=True):
+        lost = was["method"] == "HALO+finetune"
+        assert now == was | ({"seconds": ""} if lost else {}) and (was["seconds"] > 0)
+
+
+def test_the_last_run_before_a_cut_is_not_said_to_be_the_last(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.studies.progress.duration", str)  # not rounded
+    finetune = {"cut": {"finetune": {"share": [0.5], "lr": [0.01]}, "percent": [0.5]}}
+    path = write_study(tmp_path, methods=finetune)
+    run(path, "--out", tmp_path / "out", "--jobs", 1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert lines[0].startswith("[1/2]") and not lines[0].endswith("; about 0.0 left of this phase")
+    assert lines[1].startswith("[2/2]") and lines[1].endswith("; about 0.0 left of this phase")
+
+
 def test_once_tuned_a_method_is_counted_exactly(done, tmp_path):
     path, out, _ = done
     shutil.copytree(out, tmp_path / "out")

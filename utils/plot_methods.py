@@ -116,7 +116,7 @@ def _draw_methods(axes: Axes, rows: Sequence[Mapping], ratios: Sequence[float], 
     at, look = sparsity_axis(axes, ratios), looks(methods)
     step = _side_by_side(at.values(), len(methods)) if apart else 1.0
     for number, method in enumerate(methods):
-        mine = [row for row in rows if row["method"] == method and row["ratio"] in at]
+        mine = sorted((r for r in rows if r["method"] == method and r["ratio"] in at), key=lambda row: row["ratio"])
         x = [at[row["ratio"]] * step ** (number - (len(methods) - 1) / 2) for row in mine]
         axes.plot(x, [middle(row) for row in mine], label=method, **look[method])
         for where, row in zip(x, mine, strict=True):
@@ -137,7 +137,7 @@ def plot_study(
 
     Args:
         rows: `method`, `ratio`, `n`, `top1_mean`, `top1_std` (empty for n = 1), `top1_seeds` and `failed` (of each
-            seed; both may be missing), `coefficients` (may be missing), as from `utils.studies.report.final_rows`.
+            seed; both may be missing), `coefficients` (may be missing), as from `utils.studies.rows.final_rows`.
         path: PNG to write.
         title: what the study asks.
         ratio: that the title speaks of (default: the highest at which every method has a row, else the highest; where

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 
 NAMED = 6  # methods of which a title names all
 
@@ -29,32 +30,58 @@ def beyond_spread(better: Mapping, worse: Mapping) -> bool:
 def finding(rows: Sequence[Mapping], *, ratio: float) -> str:
     """Say which method keeps most at a ratio if it beats each other one beyond the spread, else which are level.
 
-    A method of which a run failed to learn, and whose spread is therefore large, is named apart. Those that are behind
+    A method of which a run failed to learn, and one of which there is one run, are named apart. Those that are behind
     are named where there are few.
 
     Args:
-        rows: `method`, `ratio`, `n`, `top1_mean` and `top1_std` of each method.
+        rows: `method`, `ratio`, `n`, `top1_mean` and `top1_std` of each method; `top1_seeds` and `failed` of each seed,
+            and `dense_mean`, empty where zeros were there before training ended, may be missing.
         ratio: fraction removed; 0 before pruning.
     """
     here = sorted((row for row in rows if row["ratio"] == ratio), key=lambda row: -row["top1_mean"])
     where = f"at {ratio:g} removed" if ratio else "before pruning"
-    best = here[0]
-    if len(here) == 1:
-        fewer = [row for row in rows if row["method"] == best["method"] and row["ratio"] < ratio]
-        before = max(fewer, key=lambda row: row["ratio"], default=None)
-        but = f", at {before['ratio']:g} {_figures(before)}" if before else ""
-        return f"{where}, {best['method']} has {_figures(best)}{but}"
-    if any(row["n"] < 2 for row in here):
-        return f"{where}, single runs, which name no winner: {_named(here)}"
-    failed = [row for row in here if any_failed([row])]  # level only because their spread is so large
-    level = [row for row in here[1:] if not beyond_spread(best, row) and row not in failed]
-    behind = [row for row in here[1:] if row not in level and row not in failed]
-    but = f"; behind: {_named(behind)}" if behind and len(here) <= NAMED else ""
-    but += "".join(f"; {row['method']} failed to learn in {sum(row['failed'])} of {row['n']}" for row in failed)
+    failed = [row for row in here if any_failed([row])]  # their spread is so large that they would be level with all
+    counted = [row for row in here if row["n"] > 1 and row not in failed]
+    single = [row for row in here if row["n"] < 2 and row not in failed]
+    if len(here) == 1 and not failed:
+        return f"{where}, {_alone(here[0], rows)}"
+    if len(counted) + len(failed) < 2 or not counted:
+        known = f", single runs, which name no winner: {_named([*counted, *single])}" if counted or single else ""
+        return f"{where}{known}{_failures(failed, best=0.0)}"
+    best = counted[0]["top1_mean"]
+    learned = " of those that always learned" if any(median(row["top1_seeds"]) > best for row in failed) else ""
+    one = f"; one run: {_named(single)}" if single else ""
+    return f"{where}{learned}{_comparison(counted, few=len(here) <= NAMED)}{one}{_failures(failed, best=best)}"
+
+
+def _alone(row: Mapping, rows: Sequence[Mapping]) -> str:
+    """Say what the only method keeps, and what it kept at the ratio before."""
+    fewer = [other for other in rows if other["method"] == row["method"] and other["ratio"] < row["ratio"]]
+    before = max(fewer, key=lambda other: other["ratio"], default=None)
+    return f"{row['method']} has {_figures(row)}" + (f", at {before['ratio']:g} {_figures(before)}" if before else "")
+
+
+def _comparison(rows: Sequence[Mapping], *, few: bool) -> str:
+    """Say which of some methods keeps most, or are level; where there are few, which are behind too."""
+    best, *others = rows
+    level = [row for row in others if not beyond_spread(best, row)]
+    behind = [row for row in others if row not in level]
+    but = f"; behind: {_named(behind)}" if behind and few else ""
     if not level:
-        return f"{where} {best['method']} keeps most, {_figures(best)}{but}"
+        return f" {best['method']} keeps most, {_figures(best)}{but}"
     words = "level at the top, within the spread" if behind else "no difference beyond the spread"
-    return f"{where}, {words}: {_named([best, *level])}{but}"
+    return f", {words}: {_named([best, *level])}{but}"
+
+
+def _failures(rows: Iterable[Mapping], *, best: float) -> str:
+    """Say how many runs failed, and what was in the middle of the others where that is more than the best."""
+    said = ""
+    for row in rows:
+        how = "failed to learn, or lost it in the cut," if row.get("dense_mean") == "" else "failed to learn"
+        middle = median(row["top1_seeds"])
+        said += f"; {row['method']} {how} in {sum(row['failed'])} of {row['n']}"
+        said += f" (median {middle:.2f}%)" if middle > best else ""
+    return said
 
 
 def _figures(row: Mapping) -> str:

@@ -97,9 +97,10 @@ def holder_of(path: Path) -> dict | None:
         content = path.read_text()
         holder = json.loads(content)
         where, process, began = holder["machine"], int(holder["process"]), holder["started"]
-        if where == machine():
-            return holder if started(process) in (began, "unknown") else None
-        return holder if _age(path) < STALE else None
+        found = started(process) if where == machine() else "unknown"
+        if found == "unknown":  # elsewhere, or hidden: a number may be used again, so only signs of life tell
+            return holder if _age(path) < STALE else None
+        return holder if found == began else None
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

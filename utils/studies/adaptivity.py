@@ -189,7 +189,7 @@ def train_control(run: HaloRun, name: str, folder: Path, *, data: str, epochs: i
     """
     config = {key: value for key, value in run.state["config"].items() if key != "num_classes"}
     config = options.NO_IMAGE_OPTIONS | NO_ZEROS | config  # an older version has none of them
-    fixed = {"data": data, "no_test": True, "evaluate": False, "overwrite": False, "resume": None}
+    fixed = {"data": data, "no_test": True, "evaluate": False, "overwrite": False, "resume": None, "device": "auto"}
     if name == "halo":
         return argparse.Namespace(**config | fixed | {"save_dir": str(run.folder)})
     changes, kind = control(run, name)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from utils.files.lock import folder_lock, wait_for
+from utils.files.lock import folder_lock, holder_of, wait_for
 from utils.logger import say
 from utils.run import read_json, write_json
 from utils.stages.prune import prune_and_evaluate
@@ -180,8 +180,13 @@ def is_trained(folder: Path) -> bool:
 
 
 def has_lost_its_options(folder: Path) -> bool:
-    """Tell whether the folder of a run holds its measurements, and nothing of the run that they are of."""
+    """Tell whether the folder of a run holds its measurements, and nothing of the run that they are of.
+
+    A run that just begins again, since its network was deleted, has none of its files for a moment, but is held.
+    """
     run = folder / "run"
+    if holder_of(run / ".lock"):
+        return False
     begun = any((run / name).exists() for name in ("init.pth.tar", "checkpoint.pth.tar", "final.pth.tar"))
     return not begun and any(path.parent.name != "cut" for path in folder.glob("*/prune.json"))
 

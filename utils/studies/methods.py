@@ -76,7 +76,7 @@ class Config:
             flags += ["--gmp_epochs", *map(str, epochs)] if epochs else []
         elif self.kind == "finetune":  # the penalty has had its time
             flags, values = [], {k.removeprefix(AFTER): v for k, v in values.items() if k.startswith(AFTER)}
-        return flags + [part for key, value in values.items() for part in (f"--{key}", f"{value:g}")]
+        return flags + [part for key, value in values.items() for part in (f"--{key}", f"{value}")]
 
     def take_part(self, args: argparse.Namespace) -> None:
         """Leave of the epochs and the schedule of the study what belongs to this part of it, in place.

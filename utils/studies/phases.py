@@ -36,10 +36,11 @@ def run_phase(jobs: list[Job], out: Path, workers: Workers, *, guess: float | No
     require_same_study(jobs)
     for job in filter(lambda job: job.done, jobs):
         remove_leftovers(job)
-    for some in (before, jobs):
-        progress = Progress(some, out, processes=workers.count, guess=guess, part=part)
-        for number, (job, seconds) in enumerate(run_jobs(progress.left, workers), start=1):
-            progress.add(job, seconds, number)
+    progress = Progress([*before, *jobs], out, processes=workers.count, guess=guess, part=part)
+    own = set(before)
+    for some in ([job for job in progress.left if job in own], [job for job in progress.left if job not in own]):
+        for job, seconds in run_jobs(some, workers):
+            progress.add(job, seconds)
 
 
 def run_study(study: Study, out: Path, data: str, workers: Workers) -> None:

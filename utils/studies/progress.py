@@ -29,8 +29,9 @@ def committed_seconds(study: Study) -> float | None:
     if not path.exists() or (any("cuda" in device for device in devices) and not torch.cuda.is_available()):
         return None
     with open(path, newline="") as file:
-        runs = {(row["method"], row["coefficients"]): float(row["seconds"]) for row in csv.DictReader(file)}
-    return mean(runs.values()) if runs else None
+        runs = {(row["method"], row["coefficients"]): row["seconds"] for row in csv.DictReader(file)}
+    known = [float(seconds) for seconds in runs.values() if seconds]
+    return mean(known) if known else None
 
 
 def is_to_train(study: Study, out: Path, config: Config, seed: int) -> bool:
@@ -100,7 +101,7 @@ class Progress:
         self, jobs: list[Job], out: Path, *, processes: int, guess: float | None = None, part: str = ""
     ) -> None:
         self.jobs, self.path, self.processes = jobs, out / f"seconds{part}.json", processes
-        self.left, self.guess = [job for job in jobs if not job.done], guess
+        self.left, self.guess, self.added = [job for job in jobs if not job.done], guess, 0
         self.untrained = {job: share_left(job) for job in self.left if not job.trained}
         self.mine = read_seconds(self.path)
         self.seconds = {key: value for path in out.glob("seconds*.json") for key, value in read_seconds(path).items()}
@@ -115,8 +116,9 @@ class Progress:
         source = "" if self.seconds else ", by the runs of results/replication"
         return f"about {duration(epochs * each)}{source}"
 
-    def add(self, job: Job, seconds: float | None, number: int) -> None:
+    def add(self, job: Job, seconds: float | None) -> None:
         """Record a finished job and say so; without seconds it was done elsewhere, or given up."""
+        self.added += 1
         share = self.untrained.pop(job, 0)
         failed = read_json(job.folder / "failed.json")
         if seconds is not None and share >= LEAST_SHARE and not failed:
@@ -128,5 +130,5 @@ class Progress:
         if failed:
             text = f"failed ({failed['reason']})"
         took = f"; {seconds:.0f} s" if seconds is not None else ""
-        left = len(self.left) - number
-        say(f"[{len(self.jobs) - left}/{len(self.jobs)}] {job}: {text}{took}; {self.estimate()} left")
+        left = len(self.left) - self.added
+        say(f"[{len(self.jobs) - left}/{len(self.jobs)}] {job}: {text}{took}; {self.estimate()} left of this phase")

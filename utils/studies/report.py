@@ -3,103 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 
 from utils.files.atomic import write_text
-from utils.logger import duration, say, write_csv
+from utils.files.lock import folder_lock
+from utils.logger import duration, say, warn, write_csv
 from utils.plot_methods import plot_pareto, plot_study
 from utils.studies.jobs import final_jobs, require_same_study, tuning_jobs
 from utils.studies.measurements import SAVED, read_measured, read_summary
-from utils.studies.methods import Config
-from utils.studies.study import CONTROLS, Study, choose, held_out_accuracy, on_edge, run_folder
-from utils.verdict import failed_to_learn
-
-
-def final_rows(study: Study, out: Path, *, scheme: str = "global") -> list[dict]:
-    """Return the measurements of the chosen configurations on the test images.
-
-    Args:
-        study: its definition.
-        out: folder of its outputs.
-        scheme: how the networks were pruned.
-
-    Returns:
-        For each method and ratio that has a finished run: coefficients, n and the seeds, mean and standard deviation
-        (empty for n = 1) of top-1 pruned and dense in percent, top-1 of each seed and whether it failed to learn,
-        compression ratio, theoretical speed-up, seconds of training.
-    """
-    found = {}
-    for method, choice in choose(study, out).items():
-        for ratio, config in choice.items():
-            runs = [run for seed in study.seeds if (run := _measurement(out, config, seed, scheme, ratio))]
-            if runs:
-                found[method, ratio] = config, runs
-    best = max((run["dense"] for _, runs in found.values() for run in runs), default=0.0)
-    return [_row(study, out, method, ratio, *of, best=best) for (method, ratio), of in found.items()]
-
-
-def _measurement(out: Path, config: Config, seed: int, scheme: str, ratio: float) -> dict | None:
-    folder = run_folder(out, config, seed)
-    report = read_measured(folder / ("test" if scheme == "global" else f"test_{scheme}"), need=SAVED)
-    results = report["results"] if report else []
-    result = next((r for r in results if r["asked"] == ratio), None)
-    parts = [run_folder(out, part, seed) for part in (config, config.before) if part]
-    if result is None or any(map(_in_training, parts)):
-        return None
-    return {
-        "seed": seed,
-        "top1": result["after"]["top1"],
-        "dense": report["before"]["top1"],
-        "compression": result["compression_ratio"],
-        "speedup": result["theoretical_speedup"],
-        "seconds": sum(map(_seconds, parts)),
-    }
-
-
-def _in_training(folder: Path) -> bool:
-    """Tell whether a network that was measured and deleted is just being trained again."""
-    run = folder / "run"
-    there = (run / "checkpoint.pth.tar").exists() or (run / "init.pth.tar").exists()
-    return there and not (run / "summary.json").exists() and not (run / "final.pth.tar").exists()
-
-
-def _seconds(folder: Path) -> float:
-    """Return how long a training took.
-
-    Raises:
-        ValueError: nothing says so.
-    """
-    summary = read_summary(folder / "run" / "summary.json")
-    if summary is None:
-        raise ValueError(f"{folder} was trained, but its run/summary.json is gone: bring it back, or remove the folder")
-    return summary["seconds"]
-
-
-def _row(study: Study, out: Path, method: str, ratio: float, config: Config, runs: list[dict], *, best: float) -> dict:
-    def spread(key: str) -> float | str:
-        return stdev(run[key] for run in runs) if len(runs) > 1 else ""
-
-    once = config.ratio is None  # else no network was dense at the end of training
-
-    return {
-        "method": method,
-        "ratio": ratio,
-        "coefficients": " ".join(f"{key}={value:g}" for key, value in config.coefficients),
-        "on_edge": " ".join(on_edge(study, config, out)),
-        "n": len(runs),
-        "top1_mean": mean(run["top1"] for run in runs),
-        "top1_std": spread("top1"),
-        "dense_mean": mean(run["dense"] for run in runs) if once else "",
-        "dense_std": spread("dense") if once else "",
-        "compression": mean(run["compression"] for run in runs),
-        "speedup": mean(run["speedup"] for run in runs),
-        "seconds": mean(run["seconds"] for run in runs),
-        "seeds": [run["seed"] for run in runs],
-        "top1_seeds": [run["top1"] for run in runs],
-        "failed": [failed_to_learn(run["dense"], best) for run in runs],
-    }
+from utils.studies.rows import final_rows
+from utils.studies.study import CONTROLS, Study, choose, held_out_accuracy, run_folder
 
 
 def _percent(row: dict, key: str) -> str:
@@ -145,7 +61,11 @@ def _details(rows: list[dict]) -> list[str]:
         edge = f" (grid ends at {row['on_edge']})" if row["on_edge"] else ""
         cells = [row["method"], f"{row['ratio']:g}", row["coefficients"] + edge]
         cells += [f"{row['n']} ({_numbers(row['seeds'])})", _percent(row, "dense"), _top1(row)]
-        cells += [f"{row['compression']:.1f}", f"{row['speedup']:.1f}", f"{row['seconds']:.0f}"]
+        cells += [
+            f"{row['compression']:.1f}",
+            f"{row['speedup']:.1f}",
+            f"{row['seconds']:.0f}" if row["seconds"] != "" else "",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -306,6 +226,29 @@ def write_report(study: Study, out: Path, *, command: str) -> dict:
     write_csv(out / "table.csv", [{"scheme": s} | _as_text(row) for s, of_scheme in rows.items() for row in of_scheme])
     say(f"wrote in {out}: {', '.join(['table.md', 'table.csv', *draw_figures(study, out, rows['global'])])}")
     return rows
+
+
+@contextmanager
+def tables(study: Study, out: Path, *, command: str) -> Iterator[dict]:
+    """Write the report of a study at the end of the block, however it ends; yield what it returns, filled in then.
+
+    Where the block ends by an error, that is the one to be seen: a report that fails then is a note.
+    """
+    rows: dict = {}
+
+    def write() -> None:
+        with folder_lock(out, name=".report.lock", on_wait=say):  # so that the last part's is the last table
+            rows.update(write_report(study, out, command=command) if has_runs(out) else {})
+
+    try:
+        yield rows
+    except BaseException:
+        try:
+            write()
+        except (ValueError, OSError) as error:
+            warn(f"the tables are those of before: {error}")
+        raise
+    write()
 
 
 def draw_figures(study: Study, out: Path, rows: list[dict]) -> list[str]:

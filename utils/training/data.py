@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -12,7 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from utils.files.lock import folder_lock
 from utils.files.preprocessing import CIFAR, DIGITS, PLAIN, RGB, Preprocessing
+from utils.logger import say
 from utils.options import OptionError
 from utils.training.dataset import Dataset, Split
 from utils.training.folder import load_folder, pixel_statistics
@@ -41,15 +44,40 @@ def _cifar_split(dataset: object) -> Split:
 
 
 def _downloaded(dataset: Callable[..., object], root: Path) -> list:
-    """Return torchvision's training and test images; where nothing can be had, leave no empty folders behind."""
+    """Return torchvision's training and test images, downloaded by one process while others wait.
+
+    Files come to their places whole, so that a download that was cut short is not taken for images. Where nothing can
+    be had, no empty folders are left behind.
+    """
+
+    def read() -> list:
+        return [dataset(str(root), train=train, download=False) for train in (True, False)]
+
     before = _folders(root)
     try:
-        return [dataset(str(root), train=train, download=True) for train in (True, False)]
+        with suppress(RuntimeError):  # torchvision finds none
+            return read()
+        root.mkdir(parents=True, exist_ok=True)
+        with folder_lock(root, name=".download.lock", on_wait=say):
+            with suppress(RuntimeError):  # somebody else has downloaded them by now
+                return read()
+            with tempfile.TemporaryDirectory(dir=root, prefix=".download") as folder:
+                dataset(folder, train=True, download=True)  # both
+                _move_files(Path(folder), root)
+            return read()
     except (OSError, RuntimeError):
         for folder in sorted(_folders(root) - before, reverse=True):
             with suppress(OSError):  # it holds something
                 folder.rmdir()
         raise
+
+
+def _move_files(source: Path, root: Path) -> None:
+    """Move all files below a folder to the same places below another of the same file system."""
+    for path in [path for path in source.rglob("*") if path.is_file()]:
+        target = root / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
 
 
 def _folders(root: Path) -> set[Path]:

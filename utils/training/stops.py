@@ -140,6 +140,8 @@ def what_is_left(run: Experiment) -> str:
     checkpoint = run.folder / "checkpoint.pth.tar"
     if not checkpoint.exists():
         return "Nothing is kept of the run: start it again with other options"
+    if not sys.argv[0].endswith(CONTINUED):  # a study leaves it so, and has no such options
+        return f"The run ended after epoch {run.epoch}"
     start = shlex.join(option("--start", checkpoint))
     again = f"begin again with --overwrite, or from its weights with {start} in another --save_dir"
     return f"{checkpoint} holds the last finished epoch{_saved(run)}: {again}"
