@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.lenet import LeNet5, LeNet300
-from models.own import build_network, check_network, import_network
+from models.own import build_network, check_network, check_output, import_network
 from models.resnet import ResNet, blocks_per_stage
 from models.vgg import VGG, VGG_LAYERS
 from models.widths import narrow_
@@ -98,6 +98,12 @@ def check_own_network(arch: str, model: nn.Module, shape: tuple[int, int, int], 
     """Run a network of your own once, so that a wrong one is noticed before the training; see `own.check_network`."""
     if arch not in ARCHS:
         check_network(arch, model, shape, num_classes)
+
+
+def check_own_output(arch: str, model: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Run a trained network of your own once, so that a wrong one is an error in one line; see `own.check_output`."""
+    if arch not in ARCHS:
+        check_output(arch, model, shape, num_classes)
 
 
 def resolve_depth(arch: str, depth: int | None) -> int | None:

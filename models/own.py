@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OURS = ("benchmarks", "models", "results", "tests", "utils")  # folders with code
+GIVEN = ("preprocess", "class_names")  # attributes of a network that load_model returns
 SIZES_TO_TRY = (8, 16, 24, 28, 32, 40, 48, 64, 96, 128, 160, 192, 224, 256)
 
 
@@ -91,12 +92,25 @@ def check_network(name: str, model: nn.Module, shape: tuple[int, int, int], num_
     """Run a network of your own once in each mode, on two black images, so that a wrong one is noticed before training.
 
     Raises:
-        ValueError: it cannot take such images (with the sizes that it can take), returns no logits, or holds infinity.
+        ValueError: see `check_output`; or it returns something else in training, holds infinity, or has an attribute
+            that `load_model` gives to a network.
+    """
+    check_output(name, model, shape, num_classes)
+    _check_training(name, model, shape, torch.Size((2, num_classes)))
+    _check_finite(name, model)
+    for key in GIVEN:
+        if hasattr(model, key):
+            raise ValueError(f"-a {name} has {key!r}, which load_model gives to a network: name it otherwise")
+
+
+def check_output(name: str, model: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Run a network of your own once, in evaluation mode, on two black images.
+
+    Raises:
+        ValueError: it cannot take such images (with the sizes that it can take), or returns no logits.
     """
     found = _output_of(model, shape)
     if isinstance(found, Tensor) and found.shape == (2, num_classes):
-        _check_training(name, model, shape, found.shape)
-        _check_finite(name, model)
         return
     got = tuple(found.shape) if isinstance(found, Tensor) else found
     size = "x".join(map(str, shape))

@@ -30,6 +30,19 @@ def test_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth.tar"]
 
 
+def test_the_prefix_of_dataparallel_goes_once_and_only_where_all_have_it(tmp_path):
+    """A network may have a part called `module`."""
+    for names, expected in (
+        (["module.a", "module.module.b"], ["a", "module.b"]),
+        (["module.a", "b"], ["module.a", "b"]),
+    ):
+        save_checkpoint(tmp_path / "a.pth.tar", {"state_dict": dict.fromkeys(names, torch.zeros(1))})
+        assert list(load_checkpoint(tmp_path / "a.pth.tar")["state_dict"]) == expected
+    ours = {"state_dict": {"module.b": torch.zeros(1)}, "pruning": {"asked": 0.5}}
+    save_checkpoint(tmp_path / "a.pth.tar", ours)
+    assert list(load_checkpoint(tmp_path / "a.pth.tar")["state_dict"]) == ["module.b"]
+
+
 def test_a_failing_writer_leaves_the_old_file(tmp_path):
     path = tmp_path / "a"
     path.write_text("old")

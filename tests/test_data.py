@@ -3,6 +3,7 @@
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import functional as reference
 
 from utils.training.augment import Loader, crop, flip
-from utils.training.data import DATASETS, hold_out, load_dataset
+from utils.training.data import DATASETS, hold_out, load_dataset, together
 from utils.training.dataset import Dataset, Split
 
 PADDING = 4
@@ -218,6 +219,16 @@ def test_a_failed_download_says_how_to_place_the_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no route to host"):
         load_dataset("cifar100", tmp_path / "kept")
     assert (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 11])
+def test_what_was_held_out_can_be_put_back(count):
+    split = Split(torch.arange(12)[:, None, None, None].to(torch.uint8), torch.arange(12))
+    data = load_dataset("digits", "", shape=(1, 28, 28))
+    data = replace(data, train=split, val=None)
+    whole = together(hold_out(data, count) if count else data)
+    assert whole.val is None and torch.equal(whole.train.labels, split.labels)
+    assert torch.equal(whole.train.images, split.images)
 
 
 def fake_mnist(downloads, *, fails=()):

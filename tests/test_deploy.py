@@ -124,6 +124,8 @@ def test_the_sentence_says_what_was_measured(ratios, text):
     times = {b: {"sparse": {"times_faster": r}} for b, r in zip(("64", "1"), ratios, strict=True)}
     assert stage.finding(times) == f"The sparse network is {text} dense at batch 64, {ratios[1]:.1f} at batch 1."
     assert "16" not in stage.finding(times | {"16": times["1"]})
+    both = {"64": {"sparse": {"times_faster": 0.9}, "shrunk": {"times_faster": 2.0}}}
+    assert stage.finding(both) == "The shrunk network is 2.0 times faster than dense at batch 64."
     alone = {"7": {"shrunk": {"times_faster": 1.5}}}
     assert stage.finding(alone) == "The shrunk network is 1.5 times faster than dense at batch 7."
 
@@ -294,6 +296,14 @@ class Flat(Odd):
     def forward(self, x):
         return self.fc(self.norm(self.two(self.one(x)).flatten(1)))
 
+class Deep(Odd):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.deep = nn.Conv3d(1, 1, 1)
+
+    def forward(self, x):
+        return super().forward(self.deep(x[:, None])[:, 0])
+
 class Branching(Odd):
     def forward(self, x):
         return super().forward(x if x.sum() > 0 else -x)
@@ -347,6 +357,12 @@ def test_an_operation_that_sparse_inference_lacks_leaves_the_other_form(tmp_path
     assert list(report["proof"]["forms"]) == ["shrunk"] and report["sentence"].startswith("The shrunk network is")
     assert load_model("small.pth.tar").one.out_channels == 4
     assert set(report["proof"]["forms"]) == {"shrunk"} and (tmp_path / "small.pt2").exists()
+
+
+def test_a_network_with_weights_of_five_dimensions_is_deployed(tmp_path, monkeypatch, no_export):
+    """torch has channels_last for four alone."""
+    report = call(deploy, *own(tmp_path, monkeypatch, "Deep"), *QUICK)
+    assert list(report["proof"]["forms"]) == ["shrunk"]
 
 
 def test_a_map_that_sparse_inference_cannot_read_leaves_the_other_form(tmp_path, monkeypatch, capsys):

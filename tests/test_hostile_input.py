@@ -119,6 +119,20 @@ def test_an_output_that_cannot_be_set_aside_stays(tmp_path, monkeypatch):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"first": "old", "second": "old"}
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_output_that_is_a_link_stays_one(tmp_path, fails):
+    """What it names is replaced, or as it was."""
+    (tmp_path / "shared").mkdir()
+    target, link = tmp_path / "shared" / "a.json", tmp_path / "a.json"
+    write_json(target, {"a": 1})
+    link.symlink_to(target)
+    with suppress(ZeroDivisionError), all_or_none([link]):
+        write_json(link, {"a": 2})
+        1 / (not fails)
+    assert link.is_symlink() and read_json(target)["a"] == (1 if fails else 2)
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["a.json"]
+
+
 def test_a_loop_of_links_is_no_checkpoint(tiny, tmp_path, fails):
     loop = tmp_path / "loop"
     loop.symlink_to(loop)

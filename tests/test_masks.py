@@ -435,3 +435,30 @@ def test_what_one_run_has_seen_the_runs_after_it_have(tiny, tmp_path, capsys, fa
         capsys.readouterr()
         train(*tiny, "--epochs", 1, "--val_split", 6, "--start", file, "--save_dir", tmp_path / "3", "--overwrite")
         assert "trained on 2 of the 6 held-out images" in capsys.readouterr().err
+
+
+def test_of_images_that_changed_nobody_knows_which_were_held_out(images, tiny, tmp_path, capsys):
+    """Which are held out goes by position: one image more, and they are others."""
+    shutil.copytree(images, tmp_path / "images")
+    more = [*tiny, "--data", tmp_path / "images", "--epochs", 1, "--val_split", 4]
+    train(*more)
+    start = ["--start", tmp_path / "run" / "final.pth.tar", "--save_dir", tmp_path / "next", "--overwrite"]
+    train(*more, *start)
+    assert "trained on" not in capsys.readouterr().err
+    train(*more, *start, "--val_split", 6)
+    assert "trained on 2 of the 6 held-out images" in capsys.readouterr().err
+    first = next((tmp_path / "images" / "train").glob("*/*.png"))
+    shutil.copy(first, first.with_name("zzz.png"))
+    train(*more, *start)
+    assert "trained on other images, or in another order" in capsys.readouterr().err
+    assert "unseen" not in load_checkpoint(tmp_path / "next" / "final.pth.tar")["config"]
+
+
+def test_the_first_network_of_a_run_that_began_from_one_was_trained_too(tiny, tmp_path, capsys):
+    train(*tiny, "--epochs", 1)
+    train(*tiny, "--epochs", 1, "--start", tmp_path / "run" / "final.pth.tar", "--save_dir", tmp_path / "second")
+    for name, seen in (("run", False), ("second", True)):
+        start = ["--start", tmp_path / name / "init.pth.tar", "--save_dir", tmp_path / "third", "--overwrite"]
+        capsys.readouterr()
+        train(*tiny, "--epochs", 1, "--val_split", 4, *start)
+        assert ("trained on 4 of the 4 held-out images" in capsys.readouterr().err) == seen

@@ -1,5 +1,6 @@
 """Your own images and your own network, through all stages."""
 
+import contextlib
 import os
 import sys
 import warnings
@@ -18,7 +19,7 @@ import compute_energy
 from models import build_model, check_image_size, check_own_network, find_arch, takes_linear
 from utils import SparseNetwork, prunable_weights
 from utils.files import load_model
-from utils.files.checkpoint import load_checkpoint
+from utils.files.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.files.preprocessing import CIFAR, Preprocessing
 from utils.options import OptionError
 from utils.training import folder
@@ -117,6 +118,15 @@ class Extra(Heads):
 
     def set_extra_state(self, state):
         pass
+
+class Normed(Heads):
+    # a convolution whose weight is computed
+    def __init__(self, count):
+        super().__init__(count)
+        torch.nn.utils.parametrizations.weight_norm(self.conv)
+
+class Names(Heads):
+    class_names = "abc"
 
 def numbers(num_classes):
     return [num_classes]
@@ -313,6 +323,20 @@ def test_grey_values_of_more_than_8_bits_are_refused(tmp_path, kind, name):
         folder.read_image(tmp_path / name, Preprocessing((1, 32, 32), (0.5,), (0.5,)))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_one_can_see_through_is_refused_and_what_one_cannot_is_read(tmp_path, mode):
+    """PIL would leave alpha out: black drawings on a transparent ground would be black squares, all the same."""
+    image = Image.new("RGBA", (32, 32), (10, 20, 30, 255))
+    for clear in (False, True):
+        if clear:
+            image.putpixel((3, 4), (0, 0, 0, 0))
+        saved = image.quantize(8) if mode == "P" else image.convert(mode)
+        saved.save(tmp_path / "a.png")
+        with pytest.raises(ValueError, match="transparent pixels: flatten it") if clear else contextlib.nullcontext():
+            pixels = folder.read_image(tmp_path / "a.png", Preprocessing((1, 32, 32), (0.5,), (0.5,)))
+            assert pixels.unique().numel() == 1
+
+
 def test_the_memory_there_is():
     assert 2**20 < folder.available_memory() < 2**50
 
@@ -418,6 +442,37 @@ def test_linear_layers_take_part_where_they_are_asked_for(here, images, capsys, 
     assert {*matrices} <= {layer["name"] for layer in layers} and len(layers) > len(matrices)
     checked = call(check_params, "--no_data", "-a", "my_nets:Small", "--checkpoint", "run/pruned/pruned_0.5.pth.tar")
     assert {layer["name"] for layer in checked["layers"]} == {layer["name"] for layer in layers}
+
+
+def test_a_network_that_has_what_load_model_gives_is_refused_before_its_training(here, images, fails):
+    options = ["-d", "folder", "--data", images, "--epochs", 1, "--schedule", "-a", "my_nets:Names"]
+    status, line = fails(*options, "--save_dir", "run")
+    assert status == 1 and "-a my_nets:Names has 'class_names', which load_model gives to a network" in line
+    assert not Path("run").exists()
+
+
+def test_a_file_of_others_of_a_network_that_is_named(here, fails_in):
+    """Its network is built as it is named, and tried before anything is done with it."""
+    model = build_model("my_nets:Small", 7)
+    save_checkpoint("theirs.pth", {"state_dict": model.state_dict()})
+    loaded = load_model("theirs.pth", arch="my_nets:Small")
+    assert loaded.layers[2].out_features == 7 and torch.equal(loaded.layers[0].weight, model.layers[0].weight)
+    with pytest.raises(CheckpointError, match="of another network"):
+        load_model("theirs.pth", arch="lenet_5")
+    save_checkpoint("ten.pth", {"state_dict": build_model("my_nets:Small", 10).state_dict()})
+    check = ["-d", "cifar10", "-a", "my_nets:Small", "--no_data", "--checkpoint", "ten.pth"]
+    status, line = fails_in(check_params, *check)
+    assert status == 1 and "-a my_nets:Small cannot take 3x32x32 images" in line and "it takes 16" in line
+    lazy = build_model("my_nets:lazy", 10)
+    lazy(torch.zeros(1, 3, 32, 32))
+    save_checkpoint("lazy.pth", {"state_dict": lazy.state_dict()})
+    report = call(check_params, "-d", "cifar10", "-a", "my_nets:lazy", "--no_data", "--checkpoint", "lazy.pth")
+    assert report["parameters"] == sum(p.numel() for p in lazy.parameters())
+
+
+def test_an_error_names_options_of_the_scripts_too(here, images, fails):
+    status, line = fails("-d", "folder", "--data", images, "--schedule", "-a", "my_nets:Normed", "--halo")
+    assert status == 1 and "cifar.py --linear takes its Linear layers" in line and "linear=True" not in line
 
 
 def test_linear_is_for_networks_of_ones_own(tiny, fails):

@@ -292,6 +292,55 @@ def test_every_image_counts_the_same_in_recalibrated_statistics(images, dimensio
     torch.testing.assert_close(*means, rtol=1e-5, atol=1e-6)
 
 
+class Uneven(nn.Module):
+    """BatchNorm that is skipped at first, one that is frozen, one that runs twice a batch, one that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.late, self.frozen, self.twice, self.never = (nn.BatchNorm2d(3) for _ in range(4))
+        self.batches = []
+        for norm in (self.frozen, self.never):
+            norm.running_mean.fill_(3)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def forward(self, x):
+        self.batches.append(x)
+        if len(self.batches) > 2:
+            self.late(x)
+        self.frozen(x)
+        self.twice(x)
+        return self.twice(x + 1)
+
+
+def test_every_batch_norm_is_recalibrated_by_the_images_that_it_sees(images):
+    model = Uneven()
+    share = {"images": 36, "batch": 9, "seed": 1}
+    recalibrate_batch_norm(model, load_dataset("folder", str(images)), torch.device("cpu"), arch="resnet", **share)
+    means = torch.stack([batch.mean((0, 2, 3)) for batch in model.batches])
+    assert len(means) == 4
+    torch.testing.assert_close(model.late.running_mean, means[2:].mean(0))
+    torch.testing.assert_close(model.twice.running_mean, means.mean(0) + 0.5)
+    assert (model.frozen.running_mean == 3).all() and (model.never.running_mean == 3).all()
+    assert model.late.momentum == model.twice.momentum == 0.1 and not model.late._forward_pre_hooks
+
+
+def test_recalibration_draws_the_same_dropout_whatever_came_before(images):
+    found = []
+    for before in (0, 5):
+        model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3))
+        torch.rand(before)
+        share = {"images": 9, "batch": 9, "seed": 1}
+        state = torch.get_rng_state()
+        recalibrate_batch_norm(model, load_dataset("folder", str(images)), torch.device("cpu"), arch="resnet", **share)
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append(model[1].running_mean)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     "images, batch, sizes", [(7, 3, [4, 3]), (3, 2, [3]), (36, 36, [36]), (9, 8, [5, 4]), (4, 1, [2, 2])]
 )

@@ -107,18 +107,23 @@ def duration(seconds: float) -> str:
 # What the package says of its arguments, and what stands for it in the scripts.
 IN_SCRIPTS = {
     "(linear=True takes them)": "(cifar.py --linear takes them)",
+    "pass linear=True to take its Linear layers": "cifar.py --linear takes its Linear layers",
     " Name in exclude= what is to stay out, and this note ends.": "",
 }
+
+
+def in_scripts(text: str) -> str:
+    """Return what the package says of its arguments as the scripts say it."""
+    for in_a_loop, here in IN_SCRIPTS.items():
+        text = text.replace(in_a_loop, here)
+    return text
 
 
 def show_warnings_as_notes() -> None:
     """Let what libraries warn of appear in one line, as our own notes do, and name the options that scripts have."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        text = " ".join(str(message).split())
-        for in_a_loop, here in IN_SCRIPTS.items():
-            text = text.replace(in_a_loop, here)
-        warn(text)
+        warn(in_scripts(" ".join(str(message).split())))
 
     warnings.showwarning = show
 

@@ -22,7 +22,7 @@ from utils.files.atomic import atomic_write, write_text
 from utils.files.lock import Lock, folder_lock
 from utils.files.texts import CHECKSUM, checksum, parse_json
 from utils.interrupts import Terminated, raised_when_interrupted
-from utils.logger import one_line, show_warnings_as_notes
+from utils.logger import in_scripts, one_line, show_warnings_as_notes
 from utils.options import OptionError
 from utils.paths import REPOSITORY, labels_of, portable_arguments
 
@@ -57,7 +57,7 @@ def run_script(
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_lack_of_memory(error):
             raise
-        text = one_line(error, most=2000) or type(error).__name__
+        text = in_scripts(one_line(error, most=2000)) or type(error).__name__
         wrong_options = isinstance(error, OptionError)  # the same in all processes: the first says it
         message = f"{parser.prog}: error: {text}\n" if is_main() or not wrong_options else None
         parser.exit(2 if wrong_options else 1, message)

@@ -16,7 +16,8 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a file that takes the place of `path` only when the block ends well.
 
     The bytes go to a temporary file in the same folder, are flushed to the disk, and the file is renamed, so a
-    reader (or a process killed at any moment) finds the old file or the new one, whole.
+    reader (or a process killed at any moment) finds the old file or the new one, whole. A symbolic link stays, and
+    what it names is replaced.
 
     Args:
         path: the file to write; its folder must exist.
@@ -24,7 +25,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: the file cannot be written; what `path` held before is untouched.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # nobody else's, on no machine
     try:
         with open(temporary, "wb") as file:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from models import guess_arch
 from utils.files.archive import RefusedError
@@ -80,8 +81,10 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     for key in ("config", "pruning"):  # a file of others may have something else by these names
         if not isinstance(state.get(key), Mapping):
             state.pop(key, None)
-    prefix = "" if "arch" in state.get("config", {}) else "module."  # ours has none, and a network may have a `module`
-    tensors = {key.removeprefix(prefix): value for key, value in state["state_dict"].items()}
+    tensors = state["state_dict"]
+    ours = "arch" in state.get("config", {}) or "pruning" in state  # without it, and a network may have a `module`
+    if not ours and all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     return state | {"state_dict": {name: value.to(map_location) for name, value in tensors.items()}}
 
 
@@ -129,8 +132,10 @@ def check_network(model: nn.Module, state_dict: Mapping[str, Tensor], *, path: s
     Raises:
         CheckpointError: names or shapes differ; the message shows the first three.
     """
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in state_dict.items()}
+    wanted = {  # a lazy layer takes whatever shape it finds
+        name: found.get(name, ()) if is_lazy(t) else tuple(t.shape) for name, t in model.state_dict().items()
+    }
     names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
     if names:
         shown = [f"{n} {found.get(n, 'absent')} instead of {wanted.get(n, 'absent')}" for n in names[:3]]

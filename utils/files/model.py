@@ -7,9 +7,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from models import build_model, fitting_arch
+from models.own import GIVEN
 from utils.files.checkpoint import CheckpointError, load_checkpoint, load_weights
 from utils.files.preprocessing import unrecorded
-from utils.files.record import Record, build_recorded, read_record, require_known, same_network
+from utils.files.record import Record, build_recorded, classes_of, read_record, require_known, same_network
 from utils.options import OptionError
 
 
@@ -18,8 +19,8 @@ def load_model(path: str | Path, *, arch: str | None = None) -> nn.Module:
 
     Args:
         path: any file that this project writes, or a checkpoint of the authors' release.
-        arch: needed only for a network of your own that is not on the Python path: its `module:function`, which may
-            then be in the current directory. Code beside a file does not run unasked.
+        arch: needed only for a network of your own that is not on the Python path, or that the file does not record:
+            its `module:function`, which may then be in the current directory. Code beside a file does not run unasked.
 
     Returns:
         The network in evaluation mode, on the CPU. Its `preprocess` (`utils.files.preprocessing.Preprocessing`) turns
@@ -36,10 +37,13 @@ def load_model(path: str | Path, *, arch: str | None = None) -> nn.Module:
         model = _recorded(record, state, path, arch)
         preprocessing, names = record.preprocessing, record.class_names
     else:
-        model = _fitting(state["state_dict"], path)
+        model = _fitting(state["state_dict"], path, arch)
         first = next(iter(model.parameters()))  # (out, in, H, W) of a convolution, (out, pixels) of a Linear layer
         preprocessing, names = unrecorded(None, first.shape[1] if first.dim() == 4 else 1), None
     load_weights(model, state["state_dict"], path=path)
+    taken = [name for name in GIVEN if hasattr(model, name)]
+    if taken:
+        raise CheckpointError(f"{path} is of a network that has {taken[0]!r} itself: name it otherwise, or build it")
     model.preprocess, model.class_names = preprocessing, names
     return model.eval()
 
@@ -52,8 +56,11 @@ def _recorded(record: Record, state: dict, path: str | Path, arch: str | None) -
     return build_recorded(record.arch, record.num_classes, record.depth, state, path)
 
 
-def _fitting(state_dict: dict[str, Tensor], path: str | Path) -> nn.Module:
+def _fitting(state_dict: dict[str, Tensor], path: str | Path, arch: str | None) -> nn.Module:
+    """Build the network that was named, with the classes of the last matrix, or the one that the weights fit."""
+    if arch is not None:
+        return build_model(arch, classes_of(state_dict))
     fit = fitting_arch(state_dict)
     if fit is None:
-        raise CheckpointError(f"{path} does not record its network, and its weights fit none here: build it yourself")
+        raise CheckpointError(f"{path} does not record its network, and its weights fit none here: name it as arch=")
     return build_model(*fit)

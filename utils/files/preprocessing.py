@@ -40,13 +40,17 @@ class Preprocessing:
         """Return a PIL image as uint8 (C, H, W), at the size of this network.
 
         Raises:
-            ValueError: it has too many pixels, or grey values of more than 8 bits.
+            ValueError: it has too many pixels, grey values of more than 8 bits, or pixels that one can see through.
         """
         channels, height, width = self.shape
         if image.width * image.height > PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels are too many: give images of {PIXELS:,} at most")
         if image.mode in ("I", "F") or image.mode.startswith("I;"):  # which PIL clips to 255, and says nothing
             raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}): save it with 8 bits a channel")
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            if image.getchannel("A").getextrema()[0] < 255:  # what is behind them would be whatever the file holds
+                raise ValueError("it has transparent pixels: flatten it onto a background")
         image = image.convert("RGB" if channels == 3 else "L")
         if image.size != (width, height):
             image = _resized(image, width, height, squash=self.resize == "squash")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from models import ARCHS, build_model, find_arch, guess_arch, resolve_depth
@@ -105,6 +105,12 @@ def recorded_widths(state: Mapping, path: str | Path) -> dict[str, list[int]] | 
     if not sound:
         raise CheckpointError(f"{path} records widths that are no whole numbers by layer: use another copy")
     return {name: list(sizes) for name, sizes in widths.items()}
+
+
+def classes_of(state_dict: Mapping[str, Tensor]) -> int:
+    """Return the number of classes that weights speak of: the rows of the last matrix; 2 where there is none."""
+    matrices = [tensor for tensor in state_dict.values() if tensor.dim() == 2]
+    return len(matrices[-1]) if matrices else 2
 
 
 def _with_shapes(model: nn.Module, state: Mapping, path: str | Path) -> nn.Module:

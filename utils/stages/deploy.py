@@ -64,7 +64,7 @@ def deploy(args: argparse.Namespace) -> dict:
 def _deploy(args: argparse.Namespace, subject: Subject, small: nn.Module, report: dict, paths: dict[str, Path]) -> dict:
     """Prove both forms, measure and write them; return the content of OUT.json."""
     model = subject.model.to(subject.device)
-    forms = {"shrunk": small.to(subject.device, memory_format=torch.channels_last)}
+    forms = {"shrunk": small.to(subject.device, memory_format=_layout(small))}
     if sparse := sparse_form(model, subject.device, subject.preprocessing.shape):
         forms["sparse"] = sparse
     say(headline(report))
@@ -157,6 +157,12 @@ def headline(report: dict) -> str:
     return f"{name}: {network} on {report['dataset']}, {zeros}\nmultiply-adds an image: {gain}"
 
 
+def _layout(model: nn.Module) -> torch.memory_format:
+    """Return the layout in which convolutions of images are fastest, which torch has for no other ones."""
+    deep = any(tensor.dim() == 5 for tensor in (*model.parameters(), *model.buffers()))
+    return torch.contiguous_format if deep else torch.channels_last
+
+
 def measure(args: argparse.Namespace, subject: Subject, forms: dict[str, Form]) -> dict[str, dict]:
     """Time dense, compiled dense and both forms in turn, at every batch size.
 
@@ -165,7 +171,7 @@ def measure(args: argparse.Namespace, subject: Subject, forms: dict[str, Form]) 
     """
     device = subject.device
     warn_if_busy()
-    dense = subject.model.to(memory_format=torch.channels_last)
+    dense = subject.model.to(memory_format=_layout(subject.model))
     compiler = None if args.no_compile else Compiler(dense)
     report = {}
     for batch in sorted(set(args.batch)):
@@ -222,7 +228,8 @@ def print_times(times: dict[str, dict]) -> None:
 def finding(times: dict[str, dict]) -> str:
     """Say in one sentence what the faster form gains at batch 64 and 1, or at the largest and smallest measured."""
     wanted = ["64" if "64" in times else list(times)[-1], "1" if "1" in times else list(times)[0]]
-    name = "sparse" if "sparse" in times[wanted[0]] else "shrunk"
+    forms = {form for form in ("sparse", "shrunk") if form in times[wanted[0]]}
+    name = max(sorted(forms), key=lambda form: times[wanted[0]][form]["times_faster"])
     ratios = {batch: times[batch][name]["times_faster"] for batch in wanted}
     (first, ratio), *others = ratios.items()
     rest = "".join(f", {other:.1f} at batch {batch}" for batch, other in others)

@@ -9,10 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from models import find_arch, takes_linear
+from models import check_own_output, find_arch, takes_linear
 from utils.files.checkpoint import load_checkpoint, load_weights
 from utils.files.preprocessing import Preprocessing, unrecorded
-from utils.files.record import Record, build_recorded, read_record, take_from_file, unseen_images
+from utils.files.record import (
+    Record,
+    build_recorded,
+    classes_of,
+    read_record,
+    take_from_file,
+    unseen_images,
+)
 from utils.options import OptionError
 from utils.run import choose_device
 from utils.training.data import hold_out, load_dataset
@@ -78,13 +85,16 @@ def load_subject(
             data = hold_out(data, val_split)
     if data is not None:
         check_classes(data, state, path)
-    model = build_recorded(args.arch, _num_classes(args, data, record, state), args.depth, state, path)
+    count = _num_classes(args, data, record, state)
+    model = build_recorded(args.arch, count, args.depth, state, path)
     load_weights(model, state["state_dict"], path=path)
-    model.to(device, memory_format=memory_format(args.arch, device))
     if record or data:
         used = record.preprocessing if record else data.preprocessing
     else:
         used = unrecorded(args.dataset, find_arch(args.arch).shape[0])
+    if record is None:  # else it was tried before its training
+        check_own_output(args.arch, model, used.shape, count)
+    model.to(device, memory_format=memory_format(args.arch, device))
     linear = takes_linear(args.arch, model, asked=bool((state.get("config") or {}).get("linear")))
     return Subject(state, model, data, device, linear, used)
 
@@ -124,8 +134,7 @@ def _num_classes(args: argparse.Namespace, data: Dataset | None, record: Record 
         return len(data.classes)
     if record is not None:
         return record.num_classes
-    matrices = [tensor for tensor in state["state_dict"].values() if tensor.dim() == 2]
-    return NUM_CLASSES.get(args.dataset) or (len(matrices[-1]) if matrices else 2)
+    return NUM_CLASSES.get(args.dataset) or classes_of(state["state_dict"])
 
 
 def recorded_images(state: Mapping) -> str:

@@ -216,6 +216,22 @@ def load_dataset(
     return data
 
 
+def _order(total: int) -> torch.Tensor:
+    """Return the positions of the training images in the order in which they are held out."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(SPLIT_SEED))
+
+
+def together(data: Dataset) -> Dataset:
+    """Return the data set as it was before `hold_out`."""
+    if data.val is None:
+        return data
+    total, count = len(data.train.labels) + len(data.val.labels), len(data.val.labels)
+    order = _order(total)
+    back = torch.cat([order[count:].sort().values, order[:count].sort().values]).argsort()
+    images, labels = (torch.cat(parts)[back] for parts in zip(data.train, data.val, strict=True))
+    return replace(data, train=Split(images, labels), val=None)
+
+
 def hold_out(data: Dataset, count: int) -> Dataset:
     """Return the data set with `count` of its training images as `val`.
 
@@ -225,7 +241,7 @@ def hold_out(data: Dataset, count: int) -> Dataset:
     total = len(data.train.labels)
     if count >= total:
         raise ValueError(f"--val_split {count} leaves nothing to train on: give less than {total}")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    order = _order(total)
     held_out, kept = order[:count].sort().values, order[count:].sort().values
     images, labels = data.train
     return replace(data, train=Split(images[kept], labels[kept]), val=Split(images[held_out], labels[held_out]))

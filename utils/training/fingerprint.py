@@ -12,6 +12,7 @@ import torch
 
 from utils.files.checkpoint import CheckpointError
 from utils.logger import warn
+from utils.training.data import hold_out, together
 
 if TYPE_CHECKING:
     from utils.training.dataset import Dataset
@@ -36,6 +37,23 @@ def fingerprint(data: Dataset) -> dict:
 def _sample(count: int) -> torch.Tensor:
     """Return positions spread evenly over a split."""
     return torch.linspace(0, count - 1, min(count, SAMPLE), dtype=torch.float64).round().long()
+
+
+def had_images(data: Dataset, state: Mapping) -> bool:
+    """Tell whether a run had these training images, however many it held out; True where its file does not say.
+
+    Args:
+        data: the images, of which `hold_out` may have taken some.
+        state: the checkpoint.
+    """
+    before, count = state.get("images"), (state.get("config") or {}).get("val_split")
+    if not isinstance(before, Mapping) or not isinstance(count, int):
+        return True
+    whole = together(data)
+    if not 0 <= count < len(whole.train.labels):
+        return False
+    now = fingerprint(hold_out(whole, count) if count else whole)
+    return all(before.get(split) == now.get(split) for split in ("train", "val"))
 
 
 def check_images(

@@ -17,6 +17,7 @@ from utils.halo.pruning import overall_sparsity, sparsity_per_layer
 from utils.logger import warn
 from utils.options import OptionError
 from utils.run import RUN_FILES
+from utils.training.fingerprint import had_images
 
 if TYPE_CHECKING:
     from utils.training.experiment import Experiment
@@ -45,12 +46,19 @@ def begin(run: Experiment) -> None:
 
 
 def note_seen_images(run: Experiment, state: dict) -> None:
-    """Say so where a network was trained on images of this data set that are now to be held out, and record it."""
+    """Say so where a network was trained on images of this data set that are now to be held out, and record it.
+
+    Which are held out goes by position, so of images that are others, or in another order, nobody can tell.
+    """
     path, config, wanted = run.args.start, state.get("config"), run.args.val_split
-    if not isinstance(config, dict) or config.get("dataset") != run.args.dataset or not state.get("epoch"):
+    if not isinstance(config, dict) or config.get("dataset") != run.args.dataset or not wanted:
+        return
+    if not state.get("epoch") and not config.get("start"):
         return
     unseen = unseen_images(state)
-    if unseen is not None and unseen < wanted:
+    if unseen is not None and not had_images(run.data, state):
+        warn(f"{path} was trained on other images, or in another order: whether on those now held out is not known")
+    elif unseen is not None and unseen < wanted:
         run.args.unseen = unseen  # with the options, so that all that this run writes records it
         seen = f"{path} was trained on {wanted - unseen} of the {wanted} held-out images"
         warn(f"{seen}: accuracy on them says too much" + (f"; --val_split {unseen} is safe" if unseen else ""))
