@@ -38,7 +38,7 @@ def load_model(path: str | Path, *, arch: str | None = None) -> nn.Module:
         preprocessing, names = record.preprocessing, record.class_names
     else:
         model = _fitting(state["state_dict"], path, arch)
-        first = next(iter(model.parameters()))  # (out, in, H, W) of a convolution, (out, pixels) of a Linear layer
+        first = next(iter(state["state_dict"].values()))  # (out, in, H, W) of a convolution, (out, pixels) of a Linear
         preprocessing, names = unrecorded(None, first.shape[1] if first.dim() == 4 else 1), None
     load_weights(model, state["state_dict"], path=path)
     taken = [name for name in GIVEN if hasattr(model, name)]
