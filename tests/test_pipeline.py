@@ -313,7 +313,7 @@ class Uneven(nn.Module):
             self.late(x)
         self.frozen(x)
         self.twice(x)
-        return self.twice(x + 1)
+        return self.twice(input=x + 1)
 
 
 def test_every_batch_norm_is_recalibrated_by_the_images_that_it_sees(images):

@@ -66,14 +66,15 @@ def recalibrate_batch_norm(
     momenta = {norm: norm.momentum for norm in batch_norms(model)}
     seen: dict[nn.Module, int] = {}
 
-    def average(norm: nn.Module, inputs: tuple) -> None:
+    def average(norm: nn.Module, args: tuple, named: dict) -> None:
         if norm.training:
             if norm not in seen:
                 norm.reset_running_stats()
-            seen[norm] = seen.get(norm, 0) + len(inputs[0])
-            norm.momentum = len(inputs[0]) / seen[norm]
+            count = len(next(iter((*args, *named.values()))))
+            seen[norm] = seen.get(norm, 0) + count
+            norm.momentum = count / seen[norm]
 
-    hooks = [norm.register_forward_pre_hook(average) for norm in momenta]
+    hooks = [norm.register_forward_pre_hook(average, with_kwargs=True) for norm in momenta]
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(data.train.labels), generator=generator)[:images]
     model.train()
