@@ -380,6 +380,14 @@ def test_pareto_draws_a_front_a_method_over_its_faint_runs(figure):
     assert not any(label.startswith("MCP") for label in lines)
 
 
+@pytest.mark.parametrize(("gains", "panels"), [((98, 97.9, 97.8, 97.4, 10), 2), ((71, 60, 3, 2, 1), 1)])
+def test_pareto_has_a_close_up_where_it_shows_more(figure, gains, panels):
+    tuned = {"HALO": [*zip((1.0, 0.5, 0.3, 0.2, 0.1), gains, strict=True)]}
+    drawn = figure(plot_methods.plot_pareto, tuned, title="t")
+    assert_readable(drawn)
+    assert len(drawn.axes) == panels
+
+
 def test_comparison_draws_each_run_at_its_own_ratios(figure):
     runs = {"a": {0.0: 90.0, 0.5: 89.0, 0.99: 20.0}, "b": {0.0: 90.0, 0.9: 80.0}}
     drawn = figure(plot_methods.plot_comparison, runs, title="two", images="val")

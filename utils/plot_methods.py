@@ -104,9 +104,8 @@ def _keys(rows: Sequence[Mapping], handles: list[Line2D]) -> list[Line2D]:
     return handles
 
 
-def _is_closer(limits: tuple[float, float], rows: Sequence[Mapping]) -> bool:
-    """Tell whether a close-up shows what the whole does not: its axis is less than half as long."""
-    values = [value for row in rows for value in extent(row)]
+def _is_closer(limits: tuple[float, float], values: Sequence[float]) -> bool:
+    """Tell whether a close-up shows more than a whole of these values: its axis is less than half as long."""
     return limits[1] - limits[0] < 0.5 * (max(values) - min(values))
 
 
@@ -151,7 +150,7 @@ def plot_study(
     ratio = _comparable(rows) if ratio is None else ratio
     region = _region(ratios, ratio)
     limits = _close_up_limits(rows, region)
-    closer = _is_closer(limits, rows)
+    closer = _is_closer(limits, [value for row in rows for value in extent(row)])
     figure = Figure(figsize=(12 if closer else 8, 5.2), layout="constrained")
     whole, *close = figure.subplots(1, 1 + closer, squeeze=False)[0]
     _draw_methods(whole, rows, ratios, apart=False, floor=0.0)
@@ -217,8 +216,13 @@ def plot_pareto(tuned: Mapping[str, Sequence[tuple[float, float]]], path: str | 
     """
     fronts = {method: front(points) for method, points in tuned.items() if points}
     best = front(point for points in tuned.values() for point in points)
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    panels, look = figure.subplots(1, 2), looks(fronts)
+    gains = sorted(gain for steps in fronts.values() for _, gain in steps)
+    low, high = gains[int(0.4 * len(gains))], gains[-1]
+    margin = max(0.06 * (high - low), 0.1)
+    limits = low - margin, high + margin
+    closer = _is_closer(limits, [gain for points in tuned.values() for _, gain in points])
+    figure = Figure(figsize=(12 if closer else 8, 5.2), layout="constrained")
+    panels, look = figure.subplots(1, 1 + closer, squeeze=False)[0], looks(fronts)
     outline = [withStroke(linewidth=9, foreground="#444444")]  # a light band would hide a light curve
     for axes in panels:
         band = {"color": "white", "linewidth": 7, "path_effects": outline, "label": "all methods"}
@@ -227,22 +231,20 @@ def plot_pareto(tuned: Mapping[str, Sequence[tuple[float, float]]], path: str | 
             style, count = look[method], len(tuned[method])
             axes.plot(*zip(*tuned[method], strict=True), style["marker"], color=style["color"], alpha=0.2, markersize=4)
             axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", label=f"{method} ({count})", **style)
-        axes.set(xscale="log", xlabel="multiply-adds left, fraction of the dense network's (zeros skipped; log scale)")
+        axes.set(xscale="log", xlabel="multiply-adds left, as a fraction of dense (zeros skipped; log scale)")
         axes.invert_xaxis()
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
-    gains = sorted(gain for steps in fronts.values() for _, gain in steps)
-    low, high = gains[int(0.4 * len(gains))], gains[-1]
-    margin = max(0.06 * (high - low), 0.1)
-    inside = [cost for steps in fronts.values() for cost, gain in steps if gain >= low]
     panels[0].set(ylabel="top-1 on the held-out images (%)")
-    panels[1].set(ylabel="the same, close-up", ylim=(low - margin, high + margin))
-    panels[1].set_xlim(max(inside) * 1.15, min(inside) / 1.15)
+    inside = [cost for steps in fronts.values() for cost, gain in steps if gain >= low]
+    for axes in panels[1:]:
+        axes.set(ylabel="the same, close-up", ylim=limits)
+        axes.set_xlim(max(inside) * 1.15, min(inside) / 1.15)
     legend_below(figure, panels[0].get_legend_handles_labels()[0])
-    what = "Pareto fronts of single runs at single ratios (how many: in brackets), as tuned on the held-out images"
-    figure.suptitle(f"{title}\n{what}; faint: the others")
+    what = "Pareto fronts of single runs at single ratios (how many: in brackets)"
+    figure.suptitle(f"{title}\n{what},\nas tuned on the held-out images; faint: the others")
     save_figure(figure, path)
 
 

@@ -16,6 +16,7 @@ from utils.studies.jobs import final_jobs, require_same_study, tuning_jobs
 from utils.studies.measurements import SAVED, read_measured, read_summary
 from utils.studies.rows import final_rows
 from utils.studies.study import CONTROLS, Study, choose, held_out_accuracy, run_folder
+from utils.verdict import any_failed
 
 
 def _percent(row: dict, key: str) -> str:
@@ -25,7 +26,7 @@ def _percent(row: dict, key: str) -> str:
 
 def _top1(row: dict) -> str:
     """Format top-1, with the median where a run failed to learn: there a mean says little."""
-    text = f" (median {median(row['top1_seeds']):.2f})" if any(row.get("failed", ())) else ""
+    text = f" (median {median(row['top1_seeds']):.2f})" if any_failed([row]) else ""
     return _percent(row, "top1") + text
 
 
