@@ -63,4 +63,4 @@ bench: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest runs .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest $(DEMO) .pytest_cache .ruff_cache  # not your own runs

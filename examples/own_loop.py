@@ -100,6 +100,10 @@ def main(args: argparse.Namespace) -> None:
         train_images, test_images = load_data(args.data)
     except FileNotFoundError as error:
         sys.exit(f"{error}: --data takes a folder of train/CLASS and test/CLASS")
+    if len(train_images) < BATCH:
+        sys.exit(f"{len(train_images)} training images are less than one batch: give {BATCH} or more")
+    if args.data and train_images.classes != test_images.classes:  # a label is a position in this list
+        sys.exit(f"the classes of {args.data}/train and /test differ: give both the same folders")
     classes = len(train_images.classes) if args.data else 10
     shares = "".join(f"{fraction:8.0%}" for fraction in FRACTIONS[1:])
     print(f"top-1 (%)       dense{shares}  of the weights of all convolutions removed")
@@ -115,11 +119,18 @@ def main(args: argparse.Namespace) -> None:
         print(f"{'HALO' if penalised else 'no penalty':13}" + "".join(f"{value:8.1f}" for value in tops), flush=True)
 
 
+def whole(text: str) -> int:
+    """Return a whole number of 1 or more."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: give 1 or more")
+    return value
+
+
 def get_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", metavar="DIR", help="folder of train/CLASS and test/CLASS; default: digits")
-    parser.add_argument("--epochs", type=int, default=2, choices=range(1, 1000), metavar="N", help="1 to 999")
+    parser.add_argument("--epochs", type=whole, default=2, metavar="N", help="1 or more")
     return parser
 
 

@@ -208,6 +208,18 @@ def test_what_the_controls_cannot_repeat_is_refused(runs, tmp_path, fails_in):
     assert status == 1 and "--grow, which its controls cannot repeat" in line
 
 
+def test_code_beside_a_file_that_names_it_does_not_run(runs, tmp_path, fails_in, monkeypatch):
+    folder = shutil.copytree(runs[0], tmp_path / "sent")
+    state = load_checkpoint(folder / "final.pth.tar")
+    state["config"]["arch"] = "sent_net:build"
+    save_checkpoint(folder / "final.pth.tar", state)
+    (tmp_path / "sent_net.py").write_text("open('ran', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    status, line = fails_in(adaptivity, folder, "--percent", 0.5, "--save_dir", tmp_path / "out")
+    assert status == 1 and "sent_net:build, which is not on the Python path" in line and "PYTHONPATH" in line
+    assert not (tmp_path / "ran").exists()
+
+
 def test_no_ratio_at_all_is_refused(runs, fails_in):
     status, line = fails_in(adaptivity, runs[0], "--percent", 0)
     assert status == 2 and "--percent" in line

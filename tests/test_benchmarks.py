@@ -47,6 +47,19 @@ def test_a_table_has_a_column_for_every_key_of_any_row():
     assert cell(1000) == "1,000"
 
 
+def test_a_benchmark_that_a_machine_cannot_do_leaves_the_others(tmp_path, monkeypatch, capsys, fails_in):
+    run = importlib.import_module("benchmarks.run")
+
+    def refuse():
+        raise FileNotFoundError("/proc/self/status")
+
+    tables = {"memory": refuse, "loader": lambda: {"Loader": [{"what": "a", "ms": 1}]}}
+    monkeypatch.setattr(run, "BENCHMARKS", tables)
+    results = run.main(run.get_parser().parse_args(["--save", str(tmp_path)]))
+    assert [*results["tables"]] == ["Loader"] and "Loader" in (tmp_path / "tables.md").read_text()
+    assert "memory was left out: /proc/self/status" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("script", "options", "words"),
     [

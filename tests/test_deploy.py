@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -206,7 +207,20 @@ def test_onnx_gives_the_same_logits(deployed, tmp_path):
 def test_safetensors_may_share_weights():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    assert stage.export.safetensors_bytes(model, {})
+    config = {"arch": "resnet", "depth": 20, "num_classes": 3, "widths": {}}
+    assert stage.export.safetensors_bytes(model, {"config": config})
+
+
+@pytest.mark.skipif(not SAFETENSORS, reason="safetensors is not installed")
+def test_safetensors_load_as_the_page_says(deployed, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), flags=re.S)
+    (code,) = [block for block in blocks if "safe_open" in block]
+    monkeypatch.chdir(deployed[1] / "new")
+    names = {}
+    exec(code, names)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(names["network"].eval()(images), shrink(deployed[0])(images), atol=1e-5)
 
 
 def test_safetensors_hold_the_smaller_network(deployed):
@@ -218,7 +232,8 @@ def test_safetensors_hold_the_smaller_network(deployed):
     assert {*written} == {*kept} and all(torch.equal(written[name], kept[name]) for name in kept)
 
     small = shrink(deployed[0])
-    tensors = load(safetensors_bytes(small, {"widths": widths_of(small)}))
+    state = load_checkpoint(deployed[1] / "new" / "small.pth.tar")
+    tensors = load(safetensors_bytes(small, state))
     assert all(torch.equal(tensors[name], tensor) for name, tensor in small.state_dict().items())
 
 

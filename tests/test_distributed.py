@@ -254,6 +254,15 @@ def test_what_cannot_be_shared_is_refused(fails_in, monkeypatch, tmp_path):
         assert status == 2 and "torchrun" in line
 
 
+@pytest.mark.parametrize(("processes", "main"), [(None, True), ("1", True), ("2", False)])
+def test_a_rank_alone_silences_nobody(monkeypatch, processes, main):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    assert distributed.is_main() is main
+
+
 @pytest.mark.parametrize("device", ["auto", "mps"])
 def test_several_processes_on_an_apple_gpu_are_one_line(monkeypatch, tiny, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

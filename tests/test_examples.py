@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,12 +101,23 @@ def test_own_loop_finds_the_package_and_keeps_more_than_no_penalty(own_loop, cap
 
 
 @pytest.mark.parametrize(
-    "options, words", [(["--data", "/nope"], "--data takes a folder"), (["--epochs", "0"], "invalid choice")]
+    "options, words", [(["--data", "/nope"], "--data takes a folder"), (["--epochs", "0"], "give 1 or more")]
 )
 def test_own_loop_says_what_is_wrong(own_loop, options, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         own_loop.main(own_loop.get_parser().parse_args(options))
     assert words in f"{stopped.value}{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
+    ("gone", "count", "words"), [("test/*", 1, "the classes of"), ("train/*/*", 10, "less than one batch")]
+)
+def test_own_loop_refuses_folders_that_do_not_fit(own_loop, images, tmp_path, gone, count, words):
+    folder = shutil.copytree(images, tmp_path / "images")
+    for path in sorted(folder.glob(gone))[-count:]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(SystemExit, match=words):
+        own_loop.main(own_loop.get_parser().parse_args(["--data", str(folder), "--epochs", "1"]))
 
 
 def test_own_loop_takes_folders(own_loop, images, capsys):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -103,6 +104,55 @@ def test_what_looks_like_it_and_is_right_goes_on(make, between):
     for _ in range(3):
         correct(model, optimizer, lam_optimizer)
         between(model, optimizer, lam_optimizer)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("make", [halo.LambdaSGD, halo.FusedHALO])
+def test_a_penalty_may_rest_for_some_steps(make, replaced):
+    model, optimizer, _, lam_optimizer = parts(make)
+    for step in range(2 * WATCHED_STEPS):
+        backward(model)
+        if step % 3:
+            lam_optimizer.step()
+        for p in model.parameters():
+            p.grad = p.grad * 0.9 if replaced else p.grad
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make", [halo.LambdaSGD, halo.FusedHALO])
+def test_one_gradient_for_all_steps_is_no_accumulation(make):
+    """DistributedDataParallel(gradient_as_bucket_view=True) puts it back after every backward pass."""
+    model, optimizer, _, lam_optimizer = parts(make)
+    buckets = {p: torch.zeros(p.numel() + 1)[1:].view_as(p) for p in model.parameters()}
+
+    def put_back(p):
+        p.grad = buckets[p].copy_(p.grad) if p.grad is not buckets[p] else p.grad
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(put_back)
+    for step in range(6):
+        backward(model)
+        lam_optimizer.step()
+        if step != 2:  # which a GradScaler leaves out
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make", [halo.DecoupledLambdaSGD, halo.FusedHALO])
+def test_one_that_is_built_anew_leaves_nothing_of_the_old(make):
+    model, optimizer, penalty, lam_optimizer = parts()
+    old = weakref.ref(penalty)
+    lam_optimizer = make(penalty, weights=optimizer, lr=0.1)
+    penalty = halo.HALO(halo.penalized_parameters(model), xi=1e-2, psi=1e-2)
+    lam_optimizer = make(penalty, weights=optimizer, lr=0.1)
+    gc.collect()
+    assert old() is None
+    before = penalty.lambdas["0.weight"].clone()
+    backward(model)
+    lam_optimizer.step()
+    optimizer.step()
+    assert not torch.equal(penalty.lambdas["0.weight"], before)
 
 
 def test_a_penalty_that_is_decoupled_may_rest_for_some_steps():

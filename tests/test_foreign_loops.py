@@ -288,6 +288,31 @@ def test_the_network_may_change_its_type_and_layout_and_lam_keeps_its_type():
     assert model[0].weight.grad.dtype == torch.float64 and lam.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", [HALO, L1, SWS, MCP])
+def test_every_penalty_goes_on_in_fp64(kind):
+    coefficients = {"xi": 1e-2} if kind is L1 else {"xi": 1e-2, "psi": 1e-2}
+    grads = []
+    for later in (False, True):
+        model = network()
+        if not later:
+            model.double()
+        penalty = kind(penalized_parameters(model), **coefficients)
+        model.double()
+        penalty.add_grad_()
+        grads.append([w.grad for w in (*penalty.penalized.values(), *penalty.lambdas.values())])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("option", ["nesterov", "maximize", "dampening"])
+def test_a_state_with_an_option_that_the_kernel_lacks_is_refused(option):
+    penalty = halo(network())
+    value = {"nesterov": True, "maximize": True, "dampening": 0.5}[option]
+    other = torch.optim.SGD(penalty.parameters(), 0.1, momentum=0.9, **{option: value})
+    with pytest.raises(ValueError, match=f"an SGD with {option}, which FusedHALO does not have: use LambdaSGD"):
+        FusedHALO(penalty, **FACTORS).load_state_dict(other.state_dict())
+
+
 @pytest.mark.parametrize("weights", [True, False])
 def test_a_layout_that_changes_later_is_followed(weights):
     """The kernel walks w and lam by address, so that different layouts would pair the wrong elements."""

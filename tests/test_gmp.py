@@ -334,6 +334,31 @@ def pruned(tmp_path_factory):
     return folder / "pruned.pth.tar"
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: {"masks": state["masks"]}, "none of gradual pruning"),
+        (lambda state: state | {"aside": {"v": state["aside"]["w"]}}, "no values aside of the shape of w"),
+        (lambda state: state | {"lambdas": {"w": torch.ones(3)}}, "no values aside of the shape of w"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change, words):
+    w = torch.randn(20).requires_grad_()
+    penalty = HALO({"w": w}, xi=1e-5, psi=1e-3)
+    options = {"sparsity": 0.5, "begin": 0, "end": 100, "every": 10, "lambdas": penalty.lambdas}
+    zeros = GradualPruning({"w": w}, optimizer=torch.optim.SGD([w], 0.1), **options)
+    for _ in range(20):
+        zeros.advance_()
+    other = w.detach().clone().requires_grad_()
+    with torch.no_grad():
+        other.normal_()
+    before = other.detach().clone()
+    fresh = GradualPruning({"w": other}, optimizer=torch.optim.SGD([other], 0.1), **options)
+    with pytest.raises(ValueError, match=words):
+        fresh.load_state_dict(change(zeros.state_dict()))
+    assert torch.equal(other, before) and fresh.zeros == 0
+
+
 @pytest.mark.parametrize("name", ["sparsity", "begin", "end", "every"])
 def test_a_state_of_another_schedule_is_refused(name):
     """Resumed past its end it would stay at the sparsity that it has."""

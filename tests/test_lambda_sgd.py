@@ -405,7 +405,7 @@ def test_a_frozen_weight_is_refused():
         FusedHALO(halo(params), **FACTORS)
 
 
-@pytest.mark.parametrize("compiler", [None, "false", "no-such-compiler"])
+@pytest.mark.parametrize("compiler", [None, "false", "no-such-compiler", "'g++"])
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, compiler, capsys, tiny, tmp_path):
     if compiler:
         monkeypatch.setenv("CXX", compiler)

@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from concurrent.futures import CancelledError, Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -338,6 +340,35 @@ def test_cancelled_futures_mean_that_all_were_lost(tmp_path):
     jobs = tuning_jobs(load_study(write_study(tmp_path)), tmp_path / "out", "data")
     with pytest.raises(OSError, match="all were lost"):
         list(run_jobs(jobs, fake_workers(result)))
+
+
+def test_a_lost_pool_names_the_jobs_that_have_begun(tmp_path):
+    jobs = tuning_jobs(load_study(write_study(tmp_path)), tmp_path / "out", "data")
+    jobs[1].folder.mkdir(parents=True)
+    (jobs[1].folder / ".lock").touch()
+
+    def result(job):
+        raise BrokenProcessPool
+
+    with pytest.raises(OSError, match=rf"all were lost; begun and not ended: {re.escape(str(jobs[1].folder))}$"):
+        list(run_jobs(jobs, fake_workers(result)))
+
+
+def test_workers_that_come_one_after_another_are_all_counted(monkeypatch):
+    there, asked = [], []
+    monkeypatch.setattr(cluster.time, "sleep", lambda _: there.append(len(there)) if len(there) < 3 else None)
+    client = SimpleNamespace(wait_for_workers=asked.append, nthreads=lambda: dict.fromkeys(there, 1))
+    there.append(0)
+    cluster.wait_for_workers(client)
+    assert asked == [1] and len(there) == 3
+
+
+@pytest.mark.parametrize(("value", "kept"), [("65536", False), ("1000", True)])
+def test_the_threshold_of_dasks_nanny_is_not_ours(monkeypatch, value, kept):
+    pytest.importorskip("distributed")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", value)
+    cluster._forget_malloc()
+    assert ("MALLOC_TRIM_THRESHOLD_" in os.environ) == kept
 
 
 def test_shards_compute_what_one_command_does(local, tmp_path, inline, capsys, fails_in):

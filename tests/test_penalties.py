@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils import HALO, L1, MCP, SWS, make_penalty, penalized_parameters
+from utils import HALO, L1, MCP, SWS, FusedHALO, LambdaSGD, make_penalty, penalized_parameters
 from utils.halo import memory as module
 
 MAKERS = {
@@ -213,6 +213,7 @@ def test_frozen_weights_get_no_gradient():
     "build, word",
     [
         (lambda p: HALO(p, xi=-1, psi=0), "xi"),
+        (lambda p: HALO(p, xi=101, psi=0), "xi must be finite and >= 0, at most 100, got 101"),
         (lambda p: HALO(p, xi=1, psi=float("nan")), "psi"),
         (lambda p: HALO(p, xi=1, psi=0, lambda_init=0), "lambda_init"),
         (lambda p: L1(p, xi=1, lambda_init=0), "lambda_init"),
@@ -254,3 +255,14 @@ def test_halo_in_a_loop_of_ones_own():
 def test_a_name_that_cannot_be_kept_is_refused(names):
     with pytest.raises(ValueError, match="give the tensor another name"):
         HALO({name: torch.ones(2, requires_grad=True) for name in names}, xi=1, psi=1)
+
+
+@pytest.mark.parametrize("step", [LambdaSGD, FusedHALO])
+def test_lam_of_0_is_a_number_at_the_largest_xi(step):
+    """The slope of lam is 100 / LAMBDA_FLOOR^3 times |w|; where w is 0, too."""
+    w = torch.tensor([0.0, 1e-3]).requires_grad_()
+    penalty = HALO({"w": w}, xi=100, psi=0)
+    with torch.no_grad():
+        penalty.lambdas["w"].zero_()
+    step(penalty, lr=0.1).step()
+    assert penalty.lambdas["w"].isfinite().all()

@@ -145,6 +145,12 @@ def test_ratios_out_of_range(fraction, scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_nothing_to_prune_is_said(scheme):
+    with pytest.raises(ValueError, match="no weights to prune"):
+        SCHEMES[scheme]({}, 0.5, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_nan_has_no_magnitude(scheme):
     with pytest.raises(ValueError, match="layer0.weight holds NaN"):
         SCHEMES[scheme](weights([1.0, float("nan")]), 0.5, generator=torch.Generator())

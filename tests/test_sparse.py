@@ -271,6 +271,11 @@ def test_images_in_any_layout_and_none():
     assert fast(x[:0]).shape == (0, 10) and not fast(x).requires_grad
 
 
+@pytest.mark.parametrize("pool", [nn.MaxPool2d((2,)), nn.AvgPool2d((3,), (2,), (1,))])
+def test_sizes_that_are_one_number_in_a_tuple(pool):
+    check(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), pool).eval(), images(18, 1, 9, 9))
+
+
 def test_nan_and_infinity_stay():
     """Of 18 images, those with a NaN or an infinity give NaN, and no other does."""
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3))
@@ -337,6 +342,7 @@ def test_memory_does_not_grow():
 @pytest.mark.parametrize("lanes", [4, 8])
 def test_other_widths_of_registers(lanes, monkeypatch):
     library = load_native(sparse.KERNEL, fuse=True, flags=[f"-DLANES={lanes}"])
+    assert library.halo_sparse_lanes() == lanes
     library.halo_sparse_run.argtypes = sparse.load_kernel().halo_sparse_run.argtypes
     monkeypatch.setattr(sparse, "load_kernel", lambda: library)
     check(pruned(build_model("resnet", 10, 8), 0.8), images(1, 3, 32, 32), images(19, 3, 21, 13))

@@ -378,3 +378,11 @@ def test_a_method_of_which_nothing_was_run_is_said_to_be_so_and_counted_nowhere(
     shutil.rmtree(tmp_path / "out" / "L1+finetune")
     write_report(load_study(path), tmp_path / "out", command="a command")
     assert "\nHALO+GMP has its zeros before training ends" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_whole_number_stays_one(tmp_path):
+    """--train_batch 64.0 would be refused."""
+    methods = {"L1": {"penalty": "l1", "grid": {"xi": [1e-4, 1], "train_batch": [32, 64]}}}
+    study = load_study(write_study(tmp_path, methods=methods))
+    found = [training_arguments(study, config, seed=1, folder=tmp_path, data="data") for config in study.configs]
+    assert [(args.xi, args.train_batch) for args in found] == [(1e-4, 32), (1e-4, 64), (1.0, 32), (1.0, 64)]

@@ -33,7 +33,7 @@ def processes() -> int:
 
 def is_main() -> bool:
     """Return whether this is the one process that prints and writes."""
-    return rank() == 0
+    return processes() == 1 or rank() == 0
 
 
 @contextmanager

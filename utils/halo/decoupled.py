@@ -8,7 +8,7 @@ import torch
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .fate import Request
+from .fate import Request, while_alive
 from .guard import require_current, require_stepped
 from .lambda_sgd import LambdaSGD
 from .penalties import Penalty
@@ -48,7 +48,7 @@ class DecoupledLambdaSGD(LambdaSGD):
 
     def _follow(self, weights: Optimizer) -> None:
         self._weights, self._request = weights, Request(next(iter(self.penalty.penalized.values())))
-        weights.register_step_post_hook(self._after_weights)
+        weights.register_step_post_hook(while_alive(self._after_weights))
 
     def __getstate__(self) -> dict:
         """Add the optimizer of the weights."""

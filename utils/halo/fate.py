@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from functools import cache
 
 from torch import Tensor
@@ -89,17 +90,27 @@ class Fate(Steps):
     def __init__(self, w: Tensor) -> None:
         super().__init__(w)
         self.grad = w.grad
-        self.lost = self._reached = self._renewed = False
+        self.lost = self._settled = self._renewed = False
         self._watch_backward()
 
     def _after_backward(self) -> None:
-        self._renewed |= not self._reached
+        self._renewed |= not self._settled
 
     def _look_closely(self) -> None:
-        if self.w.grad is self.grad:
-            self._reached = True
-        elif self._renewed and not self._reached:
-            self.lost = True
+        if not self._settled and self.w.grad is not None:
+            self.lost = self._renewed and self.w.grad is not self.grad
+            self._settled = True  # whatever later steps take, as where the penalty acts in every other one
+
+
+def while_alive(method: Callable) -> Callable:
+    """Return a hook that calls a method as long as its object lives, and does not keep it alive."""
+    found = weakref.WeakMethod(method)
+
+    def hook(*arguments: object) -> None:
+        if method := found():
+            method(*arguments)
+
+    return hook
 
 
 class Request:

@@ -136,14 +136,22 @@ class GradualPruning(FixedZeros):
                 f"sparsity {s:g}, begin {b}, end {e}, every {n}" for s, b, e, n in (state["schedule"], self._schedule())
             )
             raise ValueError(f"the checkpoint prunes by {was}, this by {now}: give the same")
+        if not {"steps", "aside"} <= state.keys():
+            raise ValueError("the state is none of gradual pruning: give one, or hold its zeros by FixedZeros")
+        lambdas = state.get("lambdas", {})  # one saved without them has none
+        self._require_same_shapes(state["aside"], lambdas)
         super().load_state_dict(state)
         self.steps = state["steps"]
         self._aside = self._zeros_like_weights() if state["aside"] else {}
         self._lambdas_before = self._lambdas_now() if state["aside"] else {}
-        lambdas = self._lambdas_before | state.get("lambdas", {})  # one saved without them has none
-        for saved_part, ours in ((state["aside"], self._aside), (lambdas, self._lambdas_before)):
-            for name, tensor in ours.items():
-                saved = saved_part[name]
-                if saved.shape != tensor.shape:
-                    raise ValueError(f"no values aside of the shape of {name}: use the state of the same network")
-                tensor.copy_(saved)
+        for saved, ours in ((state["aside"], self._aside), (lambdas, self._lambdas_before)):
+            for name in saved.keys() & ours.keys():
+                ours[name].copy_(saved[name])
+
+    def _require_same_shapes(self, aside: Mapping[str, Tensor], lambdas: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless what a state has aside fits the weights and their lam."""
+        wanted = [(aside.get(name), name, w) for name, w in self.weights.items() if aside]
+        wanted += [(lambdas[name], name, lam) for name, lam in self.lambdas.items() if name in lambdas]
+        for saved, name, tensor in wanted:
+            if saved is None or saved.shape != tensor.shape:
+                raise ValueError(f"no values aside of the shape of {name}: use the state of the same network")

@@ -212,8 +212,11 @@ class LastStep:
         self.steps = self.fate or Steps(self.w)
 
     def was_added_to(self) -> bool:
-        """Return whether the gradients are still these, have changed, and no step was taken."""
-        if self.w.grad is not self.grad or self.grad._version == self.version:
+        """Return whether the gradients are still these, have changed, and no step was taken.
+
+        A view, as into a bucket of DistributedDataParallel, may be the same tensor in every step: nobody can tell.
+        """
+        if self.w.grad is not self.grad or self.grad._version == self.version or self.grad._is_view():
             return False
         stepped = self.steps.taken or [tensor._version for tensor in self.trained] != self.versions
         # Whoever is no torch.optim.Optimizer may step without a new version, hence the look at the value.

@@ -18,7 +18,7 @@ from torch.amp import GradScaler
 from torch.optim import SGD, Optimizer
 
 from .compiled_step import CompiledStep, Factors, factors_of
-from .fate import Request
+from .fate import Request, while_alive
 from .guard import require_beside, require_current, require_stepped
 from .halo_step import HaloStep
 from .memory import CHUNK, align_momenta_, aligned, aligned_gradient, is_dense, velocity_of
@@ -50,6 +50,7 @@ class LambdaSGD(SGD):
     """
 
     takes_fixed = False  # whether a penalty without lam makes sense
+    lacks = ()  # options of SGD that a state may not have
 
     def __init__(self, penalty: Penalty, *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         if not (penalty.lambdas or self.takes_fixed):
@@ -106,8 +107,13 @@ class LambdaSGD(SGD):
             state_dict: of an optimizer of the same lam.
 
         Raises:
-            ValueError: a momentum has not the shape of its lam, or see `torch.optim.Optimizer.load_state_dict`.
+            ValueError: a momentum has not the shape of its lam, the state has an option that FusedHALO has not, or see
+                `torch.optim.Optimizer.load_state_dict`.
         """
+        for option in self.lacks:
+            if any(group.get(option) for group in state_dict["param_groups"]):
+                name = type(self).__name__
+                raise ValueError(f"the state is of an SGD with {option}, which {name} does not have: use LambdaSGD")
         super().load_state_dict(state_dict)
         align_momenta_(self)
 
@@ -134,7 +140,8 @@ class FusedHALO(LambdaSGD):
         compiled: run the step through torch.compile where the kernel does not apply, as on CUDA.
 
     Attributes:
-        slow_because: why there is no kernel on this CPU, such as a missing compiler; None where there is one.
+        slow_because: why this CPU has no kernel, such as a missing compiler; None where it has one, and where none is
+            for the weights, which are not in fp32, not dense, or elsewhere.
 
     Raises:
         ValueError: the penalty is not HALO, a weight or a lam does not require a gradient, or `weights` is not plain
@@ -143,6 +150,8 @@ class FusedHALO(LambdaSGD):
     Note:
         Copy or pickle it together with model, penalty and `weights`, as any optimizer with its model.
     """
+
+    lacks = OTHER_SGD
 
     def __init__(
         self,
@@ -177,7 +186,7 @@ class FusedHALO(LambdaSGD):
                 self.slow_because = str(error)
         self._pieces = HaloStep(size=CHUNK if tensors[0].device.type == "cpu" else 16 * CHUNK, compiled=self._compiled)
         if weights is not None:
-            weights.register_step_pre_hook(self._before_weights)
+            weights.register_step_pre_hook(while_alive(self._before_weights))
 
     def __getstate__(self) -> dict:
         """Leave out the kernel, which cannot be pickled."""

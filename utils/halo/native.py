@@ -17,7 +17,10 @@ FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 
 def find_compiler() -> list[str] | None:
     """Return the command of a C++ compiler: that of the environment variable CXX, else g++; None if there is none."""
-    program, *options = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    try:
+        program, *options = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    except ValueError:  # a quotation without an end
+        return None
     path = shutil.which(program)
     return [path, *options] if path else None
 

@@ -19,9 +19,10 @@ from .memory import gradient, pieces
 from .penalty import Penalty
 
 
-def _check(name: str, value: float, *, positive: bool = False) -> None:
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}, got {value}")
+def _check(name: str, value: float, *, positive: bool = False, high: float = math.inf) -> None:
+    if not math.isfinite(value) or not 0 <= value <= high or (positive and value == 0):
+        most = f", at most {high:g}" if high < math.inf else ""
+        raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}{most}, got {value}")
 
 
 def _check_lambda(value: float) -> None:
@@ -37,7 +38,7 @@ class HALO(Penalty):
 
     Args:
         params: name to tensor, the penalised parameters w.
-        xi: strength of the lasso, >= 0.
+        xi: strength of the lasso, in [0, 100]: above it the slope of lam at LAMBDA_FLOOR is no number in fp32.
         psi: strength of the pull of lam towards zero, >= 0.
         lambda_init: starting value of every lam, not 0.
 
@@ -51,7 +52,7 @@ class HALO(Penalty):
 
     def __init__(self, params: Mapping[str, Tensor], *, xi: float, psi: float, lambda_init: float = 1.0) -> None:
         super().__init__(params)
-        _check("xi", xi)
+        _check("xi", xi, high=100)
         _check("psi", psi)
         _check_lambda(lambda_init)
         self.xi, self.psi = xi, psi
@@ -169,8 +170,11 @@ class SWS(Penalty):
         self._scale = self.strength(self.lam)
         super()._add_grad_()
         if self.lam.requires_grad:
-            norm = sum(torch.linalg.vector_norm(w, 1, dtype=self._dtype) for w in self.penalized.values())
+            norm = sum(self._norm(w) for w in self.penalized.values())
             gradient(self.lam).add_(-2 * self._scale * norm / floored(self.lam) + 2 * self.psi * self.lam)
+
+    def _norm(self, w: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(w, 1, dtype=torch.promote_types(w.dtype, self._dtype)).to(self._dtype)
 
     def _add_weight_grad_(self, w: Tensor, grad: Tensor) -> None:
         for w_piece, grad_piece in pieces(w, grad):

@@ -39,6 +39,8 @@ def overall_sparsity(layers: list[LayerSparsity]) -> float:
 def _check_weights(weights: Mapping[str, Tensor], fraction: float) -> None:
     if not 0 <= fraction <= 1:
         raise ValueError(f"the fraction to prune must be in [0, 1], got {fraction}")
+    if not weights:
+        raise ValueError("there are no weights to prune: the mapping is empty")
     for name, w in weights.items():
         if w.grad_fn is not None:
             raise ValueError(f"{name} is computed from other tensors, such as weight_norm's: prune those")

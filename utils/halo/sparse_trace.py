@@ -245,7 +245,7 @@ class _Translation:
 
 
 def _pair(value: int | tuple[int, ...] | None) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))  # (2,) is 2 to torch
 
 
 def _float(tensor: Tensor | None, *, zeros: int) -> Tensor:

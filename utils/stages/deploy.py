@@ -72,7 +72,7 @@ def _deploy(args: argparse.Namespace, subject: Subject, small: nn.Module, report
     print_proof(report)
     state = small_state(args, subject, small, report)
     require_loadable(args, state, paths["pth.tar"])
-    files = contents(args, subject, small)
+    files = contents(args, subject, small, state)
     report["milliseconds"] = measure(args, subject, forms)
     report["sentence"] = finding(report["milliseconds"])
     print_times(report["milliseconds"])
@@ -237,8 +237,8 @@ def finding(times: dict[str, dict]) -> str:
     return f"The {name} network is {ratio:.1f} times {comparison} dense at batch {first}{rest}."
 
 
-def contents(args: argparse.Namespace, subject: Subject, small: nn.Module) -> dict[str, bytes]:
-    """Return the files for other programs, by kind, of the smaller network.
+def contents(args: argparse.Namespace, subject: Subject, small: nn.Module, state: dict) -> dict[str, bytes]:
+    """Return the files for other programs, by kind, of the smaller network, which `state` describes.
 
     Raises:
         ValueError: --onnx cannot be written, or what torch.export wrote gives other logits.
@@ -246,7 +246,7 @@ def contents(args: argparse.Namespace, subject: Subject, small: nn.Module) -> di
     plain = copy.deepcopy(small).cpu().to(memory_format=torch.contiguous_format)
     shape, files = subject.preprocessing.shape, {}
     if args.safetensors:
-        files["safetensors"] = export.safetensors_bytes(plain, {"arch": args.arch, "widths": widths_of(small)})
+        files["safetensors"] = export.safetensors_bytes(plain, state)
     try:
         program = export.export(plain, shape)
     except ValueError as error:

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +90,17 @@ def onnx_bytes(program: torch.export.ExportedProgram) -> bytes:
             logger.setLevel(level)
 
 
-def safetensors_bytes(model: nn.Module, config: dict) -> bytes:
-    """Return a file of the weights by name, with what is needed to build the network as metadata."""
+def safetensors_bytes(model: nn.Module, state: Mapping) -> bytes:
+    """Return a file of the weights by name, with what is needed to build and to feed the network as metadata.
+
+    Args:
+        model: the network.
+        state: its checkpoint, which describes it.
+    """
     from safetensors.torch import save
 
+    config = {key: state["config"][key] for key in ("arch", "depth", "num_classes", "widths")}
+    described = {"config": config} | {key: state.get(key) for key in ("preprocessing", "class_names")}
+
     tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-    return save(tensors, metadata={"format": "pt", "config": json.dumps(config)})
+    return save(tensors, metadata={"format": "pt"} | {key: json.dumps(value) for key, value in described.items()})

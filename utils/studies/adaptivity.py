@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models import find_arch
 from utils import options
 from utils.files.checkpoint import CheckpointError, load_checkpoint, load_weights
 from utils.plot_methods import plot_study
@@ -73,19 +74,30 @@ def load_run(folder: str | Path) -> HaloRun:
     """Read a finished run.
 
     Raises:
-        ValueError: it is not finished, not of HALO, or has no held-out images to measure on.
+        ValueError: it is not finished, not of HALO, or has no held-out images to measure on; or its network is one of
+            the user's own that is not on the Python path.
     """
     folder = Path(folder)
     state = load_checkpoint(folder / "final.pth.tar")
     config = state.get("config")
     if not isinstance(config, Mapping) or config.get("penalty") != "halo" or not config.get("val_split"):
         raise ValueError(f"{folder} is no run with --halo and --val_split: give the folder of one")
+    _require_code(config["arch"], folder)
     _check_lambdas(state, folder)
     others = [f"--{name}" for name in (*NO_ZEROS, "grow") if config.get(name)]
     if others:
         raise ValueError(f"{folder} was trained with {others[0]}, which its controls cannot repeat: give a plain run")
     rows = read_log(folder, columns=("strength_q50", "lr"), epochs=state.get("epoch"))
     return HaloRun(folder, state, tuple(row["strength_q50"] for row in rows), rows[-1]["lr"])
+
+
+def _require_code(arch: str, folder: Path) -> None:
+    """Raise unless a network can be built without code from the current directory, which may have come with a file."""
+    try:
+        find_arch(arch, here=False)
+    except ValueError as error:
+        remedy = "if you trust its code, name the folder of that in PYTHONPATH"
+        raise ValueError(f"{folder} trained {arch}, which is not on the Python path: {remedy}") from error
 
 
 def _check_lambdas(state: Mapping, folder: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import pickle
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 ANSWER = 8  # seconds in which a scheduler must answer
+SETTLED = 3  # seconds without a new worker after which the cluster is taken for whole
 MISSING = "a Dask cluster needs the package distributed: pip install -r requirements-cluster.txt"
 
 
@@ -149,12 +151,23 @@ def work(command: Command, sharing: Counter[str], job: Job) -> float | None:
     except OSError as error:
         raise OSError(f"worker {worker.address} {error}") from error
     torch.set_num_threads(threads_each(sharing[where] or 1))
+    _forget_malloc()
     sys.argv[:] = command.arguments  # as for a process that this one starts
     count_start(job, command.lock.content)
     try:
         return run_job(job, kind=partial(Followed, command=command))
     finally:
         forget_starts(job)
+
+
+def _forget_malloc() -> None:
+    """Take the threshold of malloc that Dask's nanny sets out of the environment: training sets a better one."""
+    import dask
+    import distributed  # noqa: F401 (its settings are known from then on)
+
+    name = "MALLOC_TRIM_THRESHOLD_"
+    if os.environ.get(name) == str(dask.config.get("distributed.nanny.pre-spawn-environ", {}).get(name)):
+        del os.environ[name]
 
 
 def at_worker(function: Callable, *arguments: object) -> Callable:
@@ -224,6 +237,15 @@ def look_at_workers(client: Client, command: Command) -> Counter[str]:
     return Counter(found.values())
 
 
+def wait_for_workers(client: Client) -> None:
+    """Wait for a worker, and until no more come: those of one machine are to share its cores."""
+    client.wait_for_workers(1)
+    before = 0
+    while before < (now := len(client.nthreads())):
+        before = now
+        time.sleep(SETTLED)
+
+
 @contextmanager
 def cluster_workers(address: str, *, lock: Lock, data: str) -> Iterator[Workers]:
     """Use the workers of a running Dask cluster.
@@ -244,7 +266,7 @@ def cluster_workers(address: str, *, lock: Lock, data: str) -> Iterator[Workers]
     try:
         if not client.nthreads():
             say(f"{address} has no worker yet: waiting for one")
-            client.wait_for_workers(1)
+            wait_for_workers(client)
         command = Command.here(lock, data)
         sharing = look_at_workers(client, command)
         call = at_worker(work, command, sharing)

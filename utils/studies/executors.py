@@ -142,6 +142,12 @@ def _is_worth_a_try(job: Job, tries: int) -> bool:
     return False
 
 
+def _at_work(jobs: list[Job]) -> str:
+    """Return which jobs have begun and not ended, now that their workers are lost, as the end of a message."""
+    begun = sorted(str(job.folder) for job in jobs if (job.folder / ".lock").exists())
+    return f"; begun and not ended: {', '.join(begun)}" if begun else ""
+
+
 def run_jobs(jobs: list[Job], workers: Workers) -> Iterator[tuple[Job, float | None]]:
     """Run jobs side by side; yield each with its seconds when it is done.
 
@@ -170,5 +176,5 @@ def run_jobs(jobs: list[Job], workers: Workers) -> Iterator[tuple[Job, float | N
                     waiting[workers.submit(job)] = job
                     continue
             except (BrokenProcessPool, CancelledError) as error:
-                raise OSError(workers.lost) from error
+                raise OSError(f"{workers.lost}{_at_work([job, *waiting.values()])}") from error
             yield job, seconds

@@ -76,7 +76,7 @@ class Config:
             flags += ["--gmp_epochs", *map(str, epochs)] if epochs else []
         elif self.kind == "finetune":  # the penalty has had its time
             flags, values = [], {k.removeprefix(AFTER): v for k, v in values.items() if k.startswith(AFTER)}
-        return flags + [part for key, value in values.items() for part in (f"--{key}", f"{value}")]
+        return flags + [part for key, value in values.items() for part in (f"--{key}", _as_text(value))]
 
     def take_part(self, args: argparse.Namespace) -> None:
         """Leave of the epochs and the schedule of the study what belongs to this part of it, in place.
@@ -98,6 +98,11 @@ class Config:
             args.epochs, args.schedule = cut, [epoch for epoch in args.schedule if epoch < cut]
         else:
             args.epochs, args.schedule = args.epochs - cut, [epoch - cut for epoch in args.schedule if epoch > cut]
+
+
+def _as_text(value: float) -> str:
+    """Return a value as the command line takes it: whole numbers without a point, as --train_batch wants them."""
+    return str(int(value)) if value.is_integer() else str(value)
 
 
 def as_list(grids: Mapping | list) -> list:
