@@ -15,6 +15,7 @@ SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "mnist/mnist.py", "
 OF_OTHERS = {"--nproc_per_node", "--target", "--no-deps", "--help"}  # torchrun's and pip's, and argparse's own
 OF_OTHERS |= {"--array", "--cpus-per-task", "--time", "--dependency", "--ntasks", "--exact"}  # Slurm's
 OF_OTHERS |= {"--port", "--scheduler-file", "--nthreads", "--memory-limit"}  # Dask's
+OF_OTHERS |= {"--logsum"}  # of the penalty that docs/add_a_penalty.md adds
 OF_OTHERS |= {"--minutes", "--kills", "--torchrun"}  # of tests/fuzz.py and tests/kill_often.py
 
 

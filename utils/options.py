@@ -20,6 +20,12 @@ PENALTIES: dict[str, dict[str, float]] = {
     "ws": {"xi": 1e-8, "psi": 1e-8, "lambda_init": 1.0},
     "mcp": {"xi": 1e-4, "psi": 1e3},
 }
+MEANINGS = {
+    "halo": "one learned coefficient per weight",
+    "l1": "lasso",
+    "ws": "SWS: lasso with one learned strength",
+    "mcp": "minimax concave penalty",
+}
 MOST_SEED = 2**64 - 1  # that torch takes
 LARGEST_SIDE = 2048  # of an image: one batch of larger ones fits into no memory
 DEVICES = ["auto", "cpu", "cuda", "mps"]
@@ -81,13 +87,7 @@ def add_penalty(parser: argparse.ArgumentParser) -> None:
     """Add the penalties and their coefficients."""
     group = parser.add_argument_group("penalty (one at most)")
     flags = group.add_mutually_exclusive_group()
-    meanings = {
-        "halo": "one learned coefficient per weight",
-        "l1": "lasso",
-        "ws": "SWS: lasso with one learned strength",
-        "mcp": "minimax concave penalty",
-    }
-    for name, text in meanings.items():
+    for name, text in MEANINGS.items():
         flags.add_argument(f"--{name}", dest="penalty", action="store_const", const=name, default="none", help=text)
     add = group.add_argument
     add("--xi", type=real(0), help="strength of the penalty on |w| (default: 1e-8, for MCP 1e-4)")

@@ -222,6 +222,9 @@ class MCP(Penalty):
             grad_piece.add_(slope.mul_(w_piece.sign()))
 
 
+BY_NAME: dict[str, type[Penalty]] = {"none": Penalty, "halo": HALO, "l1": L1, "ws": SWS, "mcp": MCP}
+
+
 def make_penalty(
     name: str,
     params: Mapping[str, Tensor],
@@ -233,7 +236,7 @@ def make_penalty(
     """Build a penalty by the name of its flag.
 
     Args:
-        name: none, halo, l1, ws or mcp.
+        name: a key of BY_NAME.
         params: name to tensor, the penalised parameters.
         xi, psi, lambda_init: the coefficients, each only where the penalty has it; None otherwise.
 
@@ -243,11 +246,10 @@ def make_penalty(
     Raises:
         ValueError: the name is unknown, or a coefficient is missing, superfluous or out of range.
     """
-    classes = {"none": Penalty, "halo": HALO, "l1": L1, "ws": SWS, "mcp": MCP}
-    if name not in classes:
-        raise ValueError(f"unknown penalty {name!r}: choose from {', '.join(classes)}")
+    if name not in BY_NAME:
+        raise ValueError(f"unknown penalty {name!r}: choose from {', '.join(BY_NAME)}")
     given = {"xi": xi, "psi": psi, "lambda_init": lambda_init}
     try:
-        return classes[name](params, **{key: value for key, value in given.items() if value is not None})
+        return BY_NAME[name](params, **{key: value for key, value in given.items() if value is not None})
     except TypeError as error:
         raise ValueError(f"penalty {name!r}: {error}") from None
