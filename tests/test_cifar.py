@@ -20,10 +20,12 @@ import cifar
 from models import build_model
 from utils.files.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.paths import portable_path
+from utils.plot_lambda import histograms
 from utils.run import RUN_FILES, read_json
 from utils.training import loading
 from utils.training.experiment import Experiment
 from utils.training.state import KEPT_ON_RESUME, check_same_run
+from utils.training.statistics import flatten
 
 HALO = ["--halo", "--xi", "1e-3", "--psi", "1e-3"]
 TIMES = ("seconds", "images_per_second")
@@ -192,6 +194,21 @@ def test_val_split_leaves_the_test_set_alone(tiny, tmp_path, monkeypatch):
     assert summary["test_of_best"] == evaluated
 
 
+def test_the_figure_of_weights_and_lam_is_of_one_epoch(tiny, tmp_path):
+    """Not the weights of the best epoch, which is tested at the end, with lam of the last."""
+    options = ["--halo", "--xi", "1e-3", "--psi", "1e-3", "--epochs", 3, "--schedule", 2, "--gamma", 30]
+    summary = train(*tiny, *options, "--val_split", 9)
+    final, best = (load_checkpoint(tmp_path / "run" / f"{name}.pth.tar") for name in ("final", "model_best"))
+    assert best["epoch"] == summary["test_of_best"]["epoch"] < final["epoch"] == 3
+    counts = [
+        histograms(*(flatten(part).numpy() for part in ({n: state["state_dict"][n] for n in state["lambdas"]}, lam)))
+        for state, lam in ((final, final["lambdas"]), (best, final["lambdas"]))
+    ]
+    with np.load(tmp_path / "run" / "regularization.npz") as written:
+        same = [all(np.array_equal(written[key], found[key]) for key in found) for found in counts]
+    assert same == [True, False]
+
+
 def test_batches_have_the_sizes_that_are_asked_for(tiny, monkeypatch):
     sizes, original = {}, loading.make_loader
 
@@ -320,13 +337,13 @@ def test_a_folder_that_cannot_be_written(tiny, tmp_path, fails, monkeypatch, whe
     "options, words",
     [
         (["--lr", "1e30"], "the cross-entropy did it"),
-        (["--halo", "--xi", "1e30", "--lambda_init", "0.5"], "the penalty did it"),
+        (["--halo", "--xi", "100", "--lambda_init", "1e-15"], "the penalty did it"),
     ],
 )
 def test_a_diverging_run_says_where_and_keeps_the_last_good_checkpoint(tiny, tmp_path, fails, options, words):
     status, line = fails(*tiny, *options)
     assert status == 1 and "epoch 1, batch " in line and words in line
-    assert ("smallest |lam| 0.5" in line) == ("--halo" in options)
+    assert (f"smallest |lam| {options[-1]}" in line) == ("--halo" in options)
     assert str(tmp_path / "run" / "checkpoint.pth.tar") in line
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["epoch"] == 0
 

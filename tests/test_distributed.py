@@ -21,6 +21,7 @@ import mnist.mnist
 from utils import distributed
 from utils.files.checkpoint import load_checkpoint
 from utils.options import OptionError
+from utils.seeds import seed_process
 from utils.training.augment import Loader
 from utils.training.dataset import Dataset, Split
 from utils.training.stops import way_to_go_on
@@ -261,6 +262,16 @@ def test_a_rank_alone_silences_nobody(monkeypatch, processes, main):
     if processes:
         monkeypatch.setenv("WORLD_SIZE", processes)
     assert distributed.is_main() is main
+
+
+def test_each_process_draws_other_numbers_and_the_first_those_of_one_alone():
+    drawn = []
+    for rank in (None, 0, 1, 2):
+        torch.manual_seed(1)
+        if rank is not None:
+            seed_process(1, rank)
+        drawn.append(tuple(torch.rand(4).tolist()))
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
 
 
 @pytest.mark.parametrize("device", ["auto", "mps"])

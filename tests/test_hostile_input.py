@@ -248,7 +248,7 @@ def test_a_run_that_goes_on_elsewhere_can_be_continued_there_at_once(finished, i
     (tmp_path / "from").mkdir()
     save_checkpoint(tmp_path / "from" / "checkpoint.pth.tar", changed)
     best = load_checkpoint(finished / "model_best.pth.tar")
-    save_checkpoint(tmp_path / "from" / "model_best.pth.tar", best | {"epoch": 1})
+    save_checkpoint(tmp_path / "from" / "model_best.pth.tar", best | {"epoch": 1, "acc": 90.0})
     more = ["--resume", tmp_path / "from" / "checkpoint.pth.tar", "--save_dir", tmp_path / "to"]
     train(*options, *more)
     assert load_checkpoint(tmp_path / "to" / "model_best.pth.tar")["epoch"] == 1
@@ -288,12 +288,13 @@ def test_the_best_network_of_epochs_that_are_trained_anew_goes(finished, images,
     save_checkpoint(folder / "older.pth.tar", older)
     (tmp_path / "link").symlink_to(folder / "older.pth.tar")
     best = load_checkpoint(folder / "model_best.pth.tar")
-    save_checkpoint(folder / "model_best.pth.tar", best | {"epoch": 1})
+    save_checkpoint(folder / "model_best.pth.tar", best | {"epoch": 1, "acc": 90.0})
     train(*options, "--resume", tmp_path / "link", "--save_dir", folder)  # it lies beside what the link names
     assert load_checkpoint(folder / "model_best.pth.tar")["epoch"] == 1
-    save_checkpoint(folder / "model_best.pth.tar", best | {"epoch": 7})
-    train(*options, "--resume", folder / "older.pth.tar", "--save_dir", folder)
-    assert not (folder / "model_best.pth.tar").exists()
+    for other in ({"epoch": 7, "acc": 90.0}, {"epoch": 1, "acc": 80.0}):  # of another run
+        save_checkpoint(folder / "model_best.pth.tar", best | other)
+        train(*options, "--resume", folder / "older.pth.tar", "--save_dir", folder)
+        assert not (folder / "model_best.pth.tar").exists()
 
 
 def test_a_missing_best_network_is_noticed_before_the_training(finished, images, tmp_path, fails):

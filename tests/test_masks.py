@@ -451,7 +451,37 @@ def test_of_images_that_changed_nobody_knows_which_were_held_out(images, tiny, t
     shutil.copy(first, first.with_name("zzz.png"))
     train(*more, *start)
     assert "trained on other images, or in another order" in capsys.readouterr().err
-    assert "unseen" not in load_checkpoint(tmp_path / "next" / "final.pth.tar")["config"]
+    unknown = tmp_path / "next" / "final.pth.tar"
+    assert load_checkpoint(unknown)["config"]["unseen"] is None
+    train(*more, "--start", unknown, "--save_dir", tmp_path / "third")  # nor of what follows
+    assert "does not say on what it was trained: whether on those now held out is not known" in capsys.readouterr().err
+
+
+def test_a_file_that_records_nothing_may_have_seen_all(tiny, tmp_path, capsys):
+    """As the authors' checkpoints, which were trained on every image."""
+    train(*tiny, "--epochs", 1)
+    bare = {"state_dict": load_checkpoint(tmp_path / "run" / "final.pth.tar")["state_dict"]}
+    torch.save(bare, tmp_path / "bare.pth.tar")
+    for held_out in (0, 4):
+        capsys.readouterr()
+        options = [
+            "--start",
+            tmp_path / "bare.pth.tar",
+            "--val_split",
+            held_out,
+            "--save_dir",
+            tmp_path / str(held_out),
+        ]
+        train(*tiny, "--epochs", 1, *options)
+        assert ("whether on those now held out is not known" in capsys.readouterr().err) == (held_out > 0)
+
+
+def test_a_link_to_a_file_that_the_run_would_replace_is_refused(tiny, tmp_path, fails):
+    train(*tiny, "--epochs", 1)
+    (tmp_path / "link.pth").symlink_to(tmp_path / "run" / "final.pth.tar")
+    status, line = fails(*tiny, "--start", tmp_path / "link.pth", "--overwrite")
+    assert status == 2 and "link.pth lies in --save_dir" in line
+    assert (tmp_path / "run" / "final.pth.tar").exists()
 
 
 def test_the_first_network_of_a_run_that_began_from_one_was_trained_too(tiny, tmp_path, capsys):

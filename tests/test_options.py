@@ -117,6 +117,8 @@ def test_every_option_is_read(script):
         ("--halo --psi -1e-8", "-1e-8"),
         ("--lr -0.1", "-0.1"),
         ("--lr fast", "fast"),
+        ("--momentum 9", "--momentum 9: no step would ever fade; give less than 1"),
+        ("--momentum 1", "--momentum 1"),
         ("--epochs -3", "-3"),
         ("--epochs 0", "0"),
         ("--epochs 2.5", "2.5"),

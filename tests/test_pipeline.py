@@ -7,6 +7,7 @@ import os
 import shutil
 from functools import partial
 from itertools import combinations, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ from models import build_model
 from utils import prunable_weights
 from utils.files.archive import write_npz
 from utils.files.checkpoint import load_checkpoint, save_checkpoint
+from utils.files.preprocessing import CIFAR
 from utils.halo.pruning import SCHEMES
 from utils.run import write_json
+from utils.stages.check import describe_sparsity
 from utils.stages.energy import POOLS, components, effective_rank, layer_energies
 from utils.stages.prune import _batch_size, recalibrate_batch_norm
 from utils.studies.measurements import in_columns
@@ -463,6 +466,21 @@ def test_images_in_another_order_are_not_held_out(tiny, tmp_path, fails_in):
         assert call(cifar_prune_iterative, *prune, other, "--resume", network)["images"] == "test"
 
 
+def test_a_name_that_is_too_long_is_known_before_the_work(network, tmp_path, fails_in, monkeypatch):
+    options, model = network
+    monkeypatch.setattr("utils.stages.check.load_subject", lambda *_, **__: pytest.fail("it has begun"))
+    status, line = fails_in(check_params, *options, "--checkpoint", model, "--json", tmp_path / ("ä" * 101))
+    assert status == 1 and "is too long for a name: give one of at most 200 bytes" in line
+
+
+def test_a_layer_without_weights_has_no_share(network):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 1024, 2))
+    network[0].unused = nn.Conv2d(4, 0, 1)
+    subject = SimpleNamespace(model=network.eval(), preprocessing=CIFAR, linear=False, device=torch.device("cpu"))
+    report = describe_sparsity(subject, tau=1e-3)
+    assert [layer["fraction_below_tau"] for layer in report["layers"] if layer["total"] == 0] == [0]
+
+
 def test_check_counts_what_is_there(network, tmp_path, capsys):
     options, model = network
     state = load_checkpoint(model)
@@ -537,6 +555,8 @@ def test_energy_files(network, tmp_path, capsys, fails_in):
     assert all(np.abs(one - other).max() > 1e-4 for one, other in combinations(energies.values(), 2))
     status, line = fails_in(compute_energy, *options, "--checkpoint", model, "--save", ".")
     assert status == 2 and "--save . is a folder: give a name in it, such as energy" in line
+    status, line = fails_in(compute_energy, *options, "--checkpoint", model, "--save", f"{tmp_path}/")
+    assert status == 2 and line.endswith(f"is a folder: give a name in it, such as {tmp_path}/energy")
     overlay = ["--checkpoint", model, model, "--labels", "a", "b", "--layers", "conv1", "layer3.0.conv2"]
     call(compute_energy, *options, *overlay, "--save", tmp_path / "two")
     with np.load(tmp_path / "two.npz") as arrays:

@@ -459,7 +459,7 @@ def test_lam_at_rest_is_where_its_gradient_is_zero():
 @pytest.mark.parametrize(
     ("low", "high", "correlation", "words"),
     [
-        ("", "", "", "12.3% of the prunable weights have |w| <= 1e-3"),
+        ("", "", "", "12.3% of the penalised weights have |w| <= 1e-3"),
         ("0.5", "0.9", "0.4321", "; rank correlation of |lam| with |w|: 0.43"),
         ("0.85585", "0.85587", "0.96", "; lam spans less than 1% (0.85585 to 0.85587)"),
         ("10.31", "10.31", "", "; lam is 10.3 everywhere"),

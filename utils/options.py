@@ -164,6 +164,8 @@ def resolve(args: argparse.Namespace, *, depth_of: Callable[[str, int | None], i
     elif args.image_size is not None:
         raise OptionError(f"--image_size is for -d folder: the images of {args.dataset} have one size")
     resolve_penalty(args)
+    if args.momentum >= 1:
+        raise OptionError(f"--momentum {args.momentum:g}: no step would ever fade; give less than 1, such as 0.9")
     if args.no_test and not args.val_split:
         raise OptionError("--no_test leaves nothing to choose the best epoch on: add --val_split N")
     if args.linear and ":" not in args.arch:

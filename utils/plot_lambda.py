@@ -65,7 +65,8 @@ def regularization_title(row: Mapping) -> str:
     Args:
         row: the last of log.csv; its values may be texts.
     """
-    title = f"{100 * float(row['fraction_1e-3']):.1f}% of the prunable weights have |w| <= 1e-3"
+    held = " (those held at zero, which are not drawn, among them)" if row.get("sparsity") else ""
+    title = f"{100 * float(row['fraction_1e-3']):.1f}% of the penalised weights have |w| <= 1e-3{held}"
     if row["lambda_q0"] == "":
         return title
     low, high = float(row["lambda_q0"]), float(row["lambda_q100"])

@@ -30,6 +30,7 @@ END_FILES = """
     summary.json final.pth.tar curves.png regularization.png regularization.npz
     train_accs.npy train_losses.npy test_accs.npy test_losses.npy conv_params.npy reg_params.npy
 """.split()  # that the end of a run writes
+LONGEST_NAME = 200  # bytes of an output's name: file systems take 255, and temporary files have longer ones
 RUN_FILES = [*"config.json log.csv init.pth.tar checkpoint.pth.tar model_best.pth.tar".split(), *END_FILES]
 
 
@@ -202,6 +203,10 @@ def refuse_existing(paths: Iterable[Path], *, overwrite: bool, inputs: Iterable[
             other = "is to be read" if place in read else "is named for two outputs"
             raise ValueError(f"{path} {other}: give each file a name of its own")
         named.add(place)
+        if len(os.fsencode(Path(path).name)) > LONGEST_NAME:
+            raise ValueError(
+                f"{Path(path).name[:30]}... is too long for a name: give one of at most {LONGEST_NAME} bytes"
+            )
         if os.path.lexists(path) and not overwrite:
             raise ValueError(f"{path} exists already: give --overwrite or another place")
         if path.exists() and not path.is_file():

@@ -21,6 +21,12 @@ def set_seed(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def seed_process(seed: int, rank: int) -> None:
+    """Seed torch anew in all processes but the first, so that Dropout draws other masks in each for its own images."""
+    if rank:
+        torch.manual_seed(random.Random(f"{seed} {rank}").getrandbits(63))
+
+
 def seed_others(*numbers: int) -> None:
     """Seed the generators of Python and numpy by whole numbers: the seed, and in training the epoch and the process.
 

@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -38,7 +38,8 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         reason = error.strerror or error
         raise OSError(f"cannot write {path}: {reason}; free space or choose another folder, nothing is lost") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be made, what is wrong is known already
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

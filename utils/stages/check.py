@@ -72,12 +72,12 @@ def describe_sparsity(subject: Subject, *, tau: float) -> dict:
         "prunable": total,
         "prunable_nonzero": sum(layer.remaining for layer in layers),
         "sparsity": overall_sparsity(layers),
-        "fraction_below_tau": sum(below.values()) / total,
+        "fraction_below_tau": sum(below.values()) / (total or 1),
         "layers": [
             {
                 **layer._asdict(),
                 "sparsity": layer.sparsity,
-                "fraction_below_tau": below[layer.name] / layer.total,
+                "fraction_below_tau": below[layer.name] / (layer.total or 1),
                 "filters": len(weights[layer.name]),
                 "dead_filters": dead[layer.name],
             }

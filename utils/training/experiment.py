@@ -24,7 +24,7 @@ from utils.interrupts import interrupt_later
 from utils.logger import epoch_line, result_text, say, warn
 from utils.options import OptionError
 from utils.run import choose_device, clear_run, run_folder
-from utils.seeds import set_seed
+from utils.seeds import seed_process, set_seed
 from utils.training import loading
 from utils.training.announce import compute_line, data_line, network_line
 from utils.training.compiled import CompiledNetwork
@@ -262,8 +262,10 @@ def train(
         load_state(experiment, begun.state, args.resume)
     else:
         begin(experiment)
+        seed_process(args.seed, rank())
         if lock:
             lock.require()
         if is_main():
             clear_run(experiment.folder)
+    begun.first.clear()  # the file has been read: its tensors need not stay until the end
     return experiment.run()

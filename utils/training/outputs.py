@@ -45,17 +45,11 @@ def write_outputs(run: Experiment) -> dict:
         "seconds": sum(row["seconds"] for row in run.history),
         "device": str(run.device),
     }
+    if is_main():
+        _write_final(run)
+    summary |= test_best(run)  # last, for it puts the weights of another epoch into the network
     if not is_main():
-        return summary | test_best(run)
-    save_checkpoint(run.folder / "final.pth.tar", network_state(run))
-    write_arrays(run)
-    summary |= test_best(run)
-    held = run.zeros.masks if run.zeros else {}
-    drawn = (_vector(without_held(t, held)) for t in (run.penalty.penalized, run.penalty.lambdas))
-    with atomic_write(run.folder / "regularization.npz") as file:
-        np.savez_compressed(file, **plot_lambda.histograms(*drawn))
-    draw_curves(run.folder, run.history, vars(run.args))
-    draw_regularization(run.folder, last, vars(run.args))
+        return summary
     summary["log_sha256"] = hashlib.sha256((run.folder / "log.csv").read_bytes()).hexdigest()
     write_json(run.folder / "summary.json", summary)
     result = f"{run.held_out} top-1 {last[top1]:.2f}% after {run.epoch} epochs"
@@ -63,6 +57,18 @@ def write_outputs(run: Experiment) -> dict:
     say(f"{result}; best {best[top1]:.2f}% (epoch {best['epoch']}){test}")
     say(f"outputs in {run.folder}; next, prune: {next_command(run.args, run.folder / 'final.pth.tar')}")
     return summary
+
+
+def _write_final(run: Experiment) -> None:
+    """Write and draw the network as it is after the last epoch."""
+    save_checkpoint(run.folder / "final.pth.tar", network_state(run))
+    write_arrays(run)
+    held = run.zeros.masks if run.zeros else {}
+    drawn = (_vector(without_held(t, held)) for t in (run.penalty.penalized, run.penalty.lambdas))
+    with atomic_write(run.folder / "regularization.npz") as file:
+        np.savez_compressed(file, **plot_lambda.histograms(*drawn))
+    draw_curves(run.folder, run.history, vars(run.args))
+    draw_regularization(run.folder, run.history[-1], vars(run.args))
 
 
 def _name(arguments: Mapping) -> str:

@@ -87,7 +87,7 @@ def _best_before(run: Experiment) -> dict | None:
     source = Path(os.path.realpath(run.args.resume)).with_name("model_best.pth.tar")
     epoch = run.best["epoch"]
     best = load_checkpoint(source) if source.exists() else {}
-    if best.get("epoch") == epoch:
+    if (best.get("epoch"), best.get("acc")) == (epoch, run.best[f"{run.held_out}_top1"]):
         return best
     text = f"{source} with the best epoch so far ({epoch}) is not beside {run.args.resume}"
     if run.args.val_split and not run.args.no_test:

@@ -33,7 +33,8 @@ def begin(run: Experiment) -> None:
     """
     args = run.args
     for path in filter(None, (args.start, args.mask)):
-        if Path(path).name in RUN_FILES and Path(path).resolve().parent == run.folder.resolve():
+        place = Path(path).resolve()
+        if place.name in RUN_FILES and place.parent == run.folder.resolve():
             raise OptionError(f"{path} lies in --save_dir, whose run would replace it: choose another --save_dir")
     if args.start:
         state = load_checkpoint(args.start)
@@ -51,14 +52,20 @@ def note_seen_images(run: Experiment, state: dict) -> None:
     Which are held out goes by position, so of images that are others, or in another order, nobody can tell.
     """
     path, config, wanted = run.args.start, state.get("config"), run.args.val_split
-    if not isinstance(config, dict) or config.get("dataset") != run.args.dataset or not wanted:
+    if not wanted or (isinstance(config, dict) and config.get("dataset") != run.args.dataset):
         return
-    if not state.get("epoch") and not config.get("start"):
+    if isinstance(config, dict) and not state.get("epoch") and not config.get("start"):
         return
     unseen = unseen_images(state)
-    if unseen is not None and not had_images(run.data, state):
-        warn(f"{path} was trained on other images, or in another order: whether on those now held out is not known")
-    elif unseen is not None and unseen < wanted:
+    if unseen is None or not had_images(run.data, state):
+        run.args.unseen = None  # with the options, so that nothing that this run writes claims to know it
+        what = (
+            "does not say on what it was trained"
+            if unseen is None
+            else "was trained on other images, or in another order"
+        )
+        warn(f"{path} {what}: whether on those now held out is not known")
+    elif unseen < wanted:
         run.args.unseen = unseen  # with the options, so that all that this run writes records it
         seen = f"{path} was trained on {wanted - unseen} of the {wanted} held-out images"
         warn(f"{seen}: accuracy on them says too much" + (f"; --val_split {unseen} is safe" if unseen else ""))
