@@ -13,7 +13,6 @@ if __name__ == "__main__":  # Ctrl-C ends in one line from here on, while torch 
     leave_when_interrupted()
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -122,7 +121,7 @@ def main(args: argparse.Namespace) -> dict:
     if not len(set(labels)) == len(labels) == len(args.checkpoint):
         raise options.OptionError("give as many different --labels as there are checkpoints")
     stem = Path(args.save).with_suffix("") if Path(args.save).suffix in (".npz", ".json", ".png") else Path(args.save)
-    if not stem.name or args.save.endswith(os.sep):
+    if not stem.name or args.save.endswith("/"):
         raise options.OptionError(f"--save {args.save} is a folder: give a name in it, such as {stem / 'energy'}")
     paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("npz", "json", "png")}
     refuse_existing(paths.values(), overwrite=args.overwrite, inputs=args.checkpoint)
