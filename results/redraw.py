@@ -63,6 +63,8 @@ SINGLE = {
         "cifar100_resnet50_halo_0.9",
     ),
 }
+# Energies that were measured alone: the file in which the same layers stand without a penalty, as "none".
+BASELINES = {"results/replication/cifar100_resnet50/halo_2e-6": "../halo_1e-8/energy.json"}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -124,9 +126,11 @@ def layers(folder: Path, name: str) -> None:
 
 
 def energy(folder: Path, name: str) -> None:
-    """Draw energy.png."""
+    """Draw energy.png, beside no penalty where that was measured for the same layers."""
     report = read_json(folder / "energy.json")
-    plots.plot_energy(report["checkpoints"], folder / "energy.png", pool=report["pool"])
+    before = read_json(folder / BASELINES[name])["checkpoints"] if name in BASELINES else {}
+    networks = {label: layers for label, layers in before.items() if label == "none"} | report["checkpoints"]
+    plots.plot_energy(networks, folder / "energy.png", pool=report["pool"])
 
 
 def accuracy_vs_sparsity(folder: Path, name: str) -> None:

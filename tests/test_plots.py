@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import math
 import shutil
 
@@ -567,6 +568,15 @@ def test_every_committed_figure_has_its_data():
         else:
             known = path.name == "pareto.png" or (path.parent / NEEDED[path.name]).exists()
         assert known and path.name in module.DRAWN_BY, path
+
+
+def test_a_baseline_is_of_the_same_layers_images_and_pooling():
+    for name, before in redraw().BASELINES.items():
+        baseline, own = (json.loads((ROOT / name / file).read_text()) for file in (before, "energy.json"))
+        assert "none" not in own["checkpoints"]
+        assert all([*layers] == [*baseline["checkpoints"]["none"]] for layers in own["checkpoints"].values())
+        for key in ("dataset", "split", "pool"):
+            assert baseline[key] == own[key]
 
 
 @pytest.mark.parametrize(
