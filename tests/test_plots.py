@@ -570,13 +570,17 @@ def test_every_committed_figure_has_its_data():
         assert known and path.name in module.DRAWN_BY, path
 
 
-def test_a_baseline_is_of_the_same_layers_images_and_pooling():
-    for name, before in redraw().BASELINES.items():
+def test_a_baseline_is_drawn_and_of_the_same_layers_images_and_pooling(monkeypatch):
+    module, drawn = redraw(), []
+    monkeypatch.setattr(module.plots, "plot_energy", lambda networks, *_, **__: drawn.append([*networks]))
+    for name, before in module.BASELINES.items():
         baseline, own = (json.loads((ROOT / name / file).read_text()) for file in (before, "energy.json"))
         assert "none" not in own["checkpoints"]
         assert all([*layers] == [*baseline["checkpoints"]["none"]] for layers in own["checkpoints"].values())
         for key in ("dataset", "split", "pool"):
             assert baseline[key] == own[key]
+        module.energy(ROOT / name, name)
+        assert drawn.pop() == ["none", *own["checkpoints"]]
 
 
 @pytest.mark.parametrize(
